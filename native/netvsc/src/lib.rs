@@ -1,0 +1,1 @@
+//! The guest end of a synthetic NIC's data path: TAP to ring and back.

@@ -1,0 +1,1 @@
+//! The VMBus ring buffer: producer and consumer over shared guest pages.

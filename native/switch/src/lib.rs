@@ -1,0 +1,1 @@
+//! The native switch engine: endpoints, workers, pipeline, flow cache, capture, trace.

@@ -1,0 +1,1 @@
+"""Typed surface of the native `door` submodule."""
