@@ -1,13 +1,79 @@
 # Two commands for a newcomer: `make demo` and `make test`. Everything else is for those who change vswitch.
 
-PYTHON ?= python3
+# The first Python >= 3.11 that can make a virtual environment; `make PYTHON=... ` overrides.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 /usr/bin/python3; do \
+	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 CARGO  ?= cargo
+PYTEST_ARGS ?=
+FUZZ_SECONDS ?= 60
 
-.PHONY: native
+PACKAGES := hypervisor netvsc netvsp vswitch vswitch_confine vswitch_native vswitch_wire vswitchctl vswitchd vswitchlab
+RUST_SOURCES := $(shell find native -path native/target -prune -o -path native/fuzz -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 
-# The extension module, built in place for work in this checkout.
-native:
+.PHONY: demo test native wheel lint lint-python lint-rust test-rust fuzz proto proto-check clean
+
+# --- for everyone ---------------------------------------------------------------------------------------------
+
+demo: $(VENV)/.installed          ## builds, then tells the whole story in under a minute
+	@$(BIN)/vswitch demo
+
+test: $(VENV)/.installed-dev      ## every test that needs no special hardware
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+wheel: $(VENV)/.installed-dev     ## dist/vswitch-*.whl, which installs where there is no cargo
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+# --- environments ---------------------------------------------------------------------------------------------
+# Without cargo (or a crate registry) the installation succeeds without the native module and vswitch says so.
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "vswitch needs Python 3.11 or newer with the venv module; install it (Debian: apt install python3-venv) or give make PYTHON=..."; exit 1; }
+	@echo "making $(VENV) with $(PYTHON)"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml $(RUST_SOURCES)
+	@echo "installing vswitch into $(VENV) (the native module takes about a minute where there is cargo)"
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml $(RUST_SOURCES)
+	@echo "installing vswitch and its development tools into $(VENV)"
+	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
+	@touch $@ $(VENV)/.installed
+
+# --- for those who change it ------------------------------------------------------------------------------------
+
+native:                           ## the extension module, built in place for work in this checkout
 	cd native && $(CARGO) build --release -p vswitch-native --features extension-module
 	cp native/target/release/lib_native.so vswitch_native/_native.abi3.so
+
+lint: lint-python lint-rust
+
+lint-python: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(PACKAGES)
+	$(BIN)/lint-imports
+	$(BIN)/deptry .
+	$(BIN)/python tools/specification.py --names
+
+# The second check finds dependencies that a crate names and does not use.
+lint-rust:
+	cd native && $(CARGO) fmt --all --check
+	cd native && $(CARGO) clippy --workspace --all-targets -- -D warnings
+	cd native && RUSTFLAGS='-Dunused_crate_dependencies' $(CARGO) check --workspace --lib --target-dir target/unused
+
+# The loom runs try every interleaving of the epoch and ring protocols' atomic steps.
+test-rust:
+	cd native && $(CARGO) test --workspace --exclude vswitch-native
+	cd native && RUSTFLAGS='--cfg loom' $(CARGO) test --release -p vswitch-epoch -p vswitch-ring --lib --target-dir target/loom
+
+fuzz:                             ## FUZZ_SECONDS for each target
+	native/fuzz/run.sh $(FUZZ_SECONDS)
+
+clean:
+	rm -rf $(VENV) build dist native/target native/fuzz/target vswitch_native/*.so *.egg-info
