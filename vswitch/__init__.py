@@ -1,0 +1,1 @@
+"""The extensible switch: switches, ports, extensions, capture and trace, in-process or under the daemon."""
