@@ -39,12 +39,12 @@ class Offload:
 
     checksum: Checksum = Checksum.NONE
     """The TCP or UDP checksum."""
-    ip_checksum: Checksum = Checksum.NONE
-    """The IPv4 header checksum."""
-    lso_mss: int = 0
+    ip_checksum: bool = False
+    """The IPv4 header checksum is to be filled in by whoever completes the frame."""
+    l4_offset: int = 0
+    """Bytes from the frame's start to the transport header; 0 = find it by parsing."""
+    mss: int = 0
     """TCP payload bytes per segment of a large send; 0 = an ordinary frame."""
-    ip_version: int = 0
-    """4 or 6 where the sender stated it, else 0."""
 
 
 NO_OFFLOAD = Offload()
@@ -69,11 +69,20 @@ class Endpoint(Protocol):
 
     @property
     def wake_fd(self) -> int:
-        """Becomes readable when the guest has signalled; the endpoint itself clears it in `receive`."""
+        """An eventfd that becomes readable when the guest has signalled; the engine clears it."""
         ...
 
     def receive(self, limit: int) -> list[Frame]:
-        """Takes up to `limit` frames that the guest sent. Fewer than `limit` means: nothing more now."""
+        """Takes up to `limit` frames that the guest sent; none means: nothing more now.
+
+        An endpoint whose guest breaks the rules reports that itself and yields nothing from then on; it
+        never raises.
+        """
+        ...
+
+    def take_drops(self) -> dict[DropReason, int]:
+        """Frames that the endpoint itself dropped on their way in since the last call (malformed ones,
+        say)."""
         ...
 
     def transmit(self, frame: Frame) -> DropReason | None:

@@ -67,7 +67,7 @@ class PortConfig:
 
     name: str
     mtu: int = 1500
-    """Largest layer-3 packet in bytes; large sends (`Offload.lso_mss` > 0) may exceed it."""
+    """Largest layer-3 packet in bytes; large sends (`Offload.mss` > 0) may exceed it."""
 
 
 @dataclass(frozen=True, slots=True)

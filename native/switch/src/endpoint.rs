@@ -15,7 +15,7 @@ use std::os::fd::RawFd;
 use crate::drops::DropReason;
 pub use crate::segment::Segment;
 
-/// Bytes that the head of a frame holds: the parser looks at no byte beyond them.
+/// Bytes that the head of a frame holds at least, if the frame has them: the parser looks at no byte beyond.
 pub const HEAD_BYTES: usize = 192;
 /// Frames in one batch.
 pub const BATCH: usize = 64;
@@ -42,12 +42,12 @@ pub enum Checksum {
 pub struct Offload {
     /// The TCP or UDP checksum.
     pub checksum: Checksum,
-    /// The IPv4 header checksum.
-    pub ip_checksum: Checksum,
+    /// The IPv4 header checksum is to be filled in by whoever completes the frame.
+    pub ip_checksum: bool,
+    /// Bytes from the frame's start to the transport header; 0 = find it by parsing.
+    pub l4_offset: u16,
     /// TCP payload bytes per segment of a large send; 0 = an ordinary frame.
-    pub lso_mss: u32,
-    /// 4 or 6 where the sender stated it, else 0.
-    pub ip_version: u8,
+    pub mss: u32,
 }
 
 /// What accompanies a frame's bytes.
@@ -81,22 +81,36 @@ impl<'a> FrameRef<'a> {
         }
     }
 
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
     /// Copies the first `out.len()` bytes (or all, if the frame is shorter) and returns how many.
     pub fn copy_prefix(&self, out: &mut [u8]) -> usize {
         let mut done = self.head.len().min(out.len());
         out[..done].copy_from_slice(&self.head[..done]);
         for segment in self.tail {
-            let Some(rest) = out.get_mut(done..) else {
-                break;
-            };
+            let rest = &mut out[done..];
             if rest.is_empty() {
                 break;
             }
-            let count = segment.len().min(rest.len());
-            segment.copy_to(&mut rest[..count]);
-            done += count;
+            done += segment.copy_to(rest);
         }
         done
+    }
+
+    /// Copies `length` bytes from `offset` on to `destination`, which may be guest memory; returns how many there
+    /// were to copy.
+    ///
+    /// # Safety
+    /// `destination..destination + length` must be mapped, writable and no part of this process's own objects.
+    pub unsafe fn copy_to(&self, offset: usize, destination: *mut u8, length: usize) -> usize {
+        // SAFETY: as promised by the caller.
+        unsafe { crate::segment::copy_frame(self.head, self.tail, offset, destination, length) }
     }
 
     /// The frame's bytes, at most `limit` of them, in private memory.
@@ -108,8 +122,9 @@ impl<'a> FrameRef<'a> {
     }
 }
 
+#[derive(Clone, Copy)]
 struct Slot {
-    head: [u8; HEAD_BYTES],
+    head_start: usize,
     head_length: usize,
     first_segment: usize,
     segments: usize,
@@ -117,78 +132,64 @@ struct Slot {
     meta: Meta,
 }
 
-/// Up to [`BATCH`] frames of one endpoint. Allocated once per worker.
+/// Up to [`BATCH`] frames of one endpoint; its buffers are kept from batch to batch.
+#[derive(Default)]
 pub struct Batch {
-    slots: Box<[Slot]>,
-    used: usize,
+    slots: Vec<Slot>,
+    heads: Vec<u8>,
     segments: Vec<Segment>,
-}
-
-impl Default for Batch {
-    fn default() -> Self {
-        Batch::new()
-    }
+    drops: Vec<DropReason>,
 }
 
 impl Batch {
     pub fn new() -> Self {
-        let slots = (0..BATCH)
-            .map(|_| Slot {
-                head: [0; HEAD_BYTES],
-                head_length: 0,
-                first_segment: 0,
-                segments: 0,
-                length: 0,
-                meta: Meta::default(),
-            })
-            .collect();
-        Batch {
-            slots,
-            used: 0,
-            segments: Vec::with_capacity(BATCH * 4),
-        }
+        Batch::default()
     }
 
     pub fn len(&self) -> usize {
-        self.used
+        self.slots.len()
     }
 
     pub fn is_empty(&self) -> bool {
-        self.used == 0
+        self.slots.is_empty()
     }
 
-    /// Frames that still fit.
-    pub fn room(&self) -> usize {
-        self.slots.len() - self.used
+    /// Whether it holds [`BATCH`] frames and takes no more.
+    pub fn is_full(&self) -> bool {
+        self.slots.len() >= BATCH
     }
 
     pub fn clear(&mut self) {
-        self.used = 0;
+        self.slots.clear();
+        self.heads.clear();
         self.segments.clear();
+        self.drops.clear();
     }
 
     /// Starts the next frame; `None` = the batch is full. The frame counts once `finish` was called.
     pub fn begin(&mut self) -> Option<FrameBuilder<'_>> {
-        if self.used >= self.slots.len() {
+        if self.is_full() {
             return None;
         }
-        let first_segment = self.segments.len();
-        let slot = &mut self.slots[self.used];
-        slot.head_length = 0;
-        slot.first_segment = first_segment;
-        slot.segments = 0;
-        slot.length = 0;
-        slot.meta = Meta::default();
+        let slot = Slot {
+            head_start: self.heads.len(),
+            head_length: 0,
+            first_segment: self.segments.len(),
+            segments: 0,
+            length: 0,
+            meta: Meta::default(),
+        };
         Some(FrameBuilder {
             batch: self,
+            slot,
             finished: false,
         })
     }
 
-    /// Adds a frame from private memory, whole; false = the batch is full. Bytes beyond the head stay referenced:
-    /// `data` must therefore fit in the head, else it is refused too.
-    pub fn push_small(&mut self, data: &[u8], meta: Meta) -> bool {
-        if data.len() > HEAD_BYTES {
+    /// Adds a frame that is copied whole; false = the batch is full or the frame longer than [`MAX_FRAME`].
+    #[must_use]
+    pub fn push(&mut self, data: &[u8], meta: Meta) -> bool {
+        if data.len() > MAX_FRAME {
             return false;
         }
         let Some(mut frame) = self.begin() else {
@@ -198,13 +199,20 @@ impl Batch {
         frame.finish(meta)
     }
 
+    /// Notes a frame that the endpoint itself dropped on its way in; the switch counts it at the port.
+    pub fn drop_one(&mut self, reason: DropReason) {
+        self.drops.push(reason);
+    }
+
+    /// What [`Batch::drop_one`] noted.
+    pub fn dropped(&self) -> &[DropReason] {
+        &self.drops
+    }
+
     pub fn frame(&self, index: usize) -> Option<FrameRef<'_>> {
-        if index >= self.used {
-            return None;
-        }
-        let slot = &self.slots[index];
+        let slot = self.slots.get(index)?;
         Some(FrameRef {
-            head: &slot.head[..slot.head_length],
+            head: &self.heads[slot.head_start..slot.head_start + slot.head_length],
             tail: &self.segments[slot.first_segment..slot.first_segment + slot.segments],
             length: slot.length,
             meta: slot.meta,
@@ -215,42 +223,41 @@ impl Batch {
 /// A frame being put into a [`Batch`]; dropped unfinished, it leaves no trace.
 pub struct FrameBuilder<'a> {
     batch: &'a mut Batch,
+    slot: Slot,
     finished: bool,
 }
 
 impl FrameBuilder<'_> {
-    /// The private head to copy into. `length` must be the frame's length or [`HEAD_BYTES`], whichever is less;
-    /// more is cut to it.
+    /// The private head to copy into, `length` zero bytes (at most [`MAX_FRAME`]). Call it once, before `tail`.
+    /// A frame with a tail needs a head of [`HEAD_BYTES`] or more.
     pub fn head(&mut self, length: usize) -> &mut [u8] {
-        let slot = &mut self.batch.slots[self.batch.used];
-        slot.length -= slot.head_length;
-        slot.head_length = length.min(HEAD_BYTES);
-        slot.length += slot.head_length;
-        &mut slot.head[..slot.head_length]
+        let length = length.min(MAX_FRAME);
+        self.slot.length = self.slot.length - self.slot.head_length + length;
+        self.slot.head_length = length;
+        self.batch.heads.resize(self.slot.head_start + length, 0);
+        &mut self.batch.heads[self.slot.head_start..]
     }
 
     /// Appends a piece of the sender's memory behind the head; false = too many pieces or too long a frame.
     #[must_use]
     pub fn tail(&mut self, segment: Segment) -> bool {
-        let slot = &mut self.batch.slots[self.batch.used];
-        if slot.segments >= MAX_SEGMENTS || slot.length + segment.len() > MAX_FRAME {
+        if self.slot.segments >= MAX_SEGMENTS || self.slot.length + segment.len() > MAX_FRAME {
             return false;
         }
-        slot.segments += 1;
-        slot.length += segment.len();
+        self.slot.segments += 1;
+        self.slot.length += segment.len();
         self.batch.segments.push(segment);
         true
     }
 
-    /// Makes the frame part of the batch. False, and no frame, if it has a tail behind a head that is not full:
-    /// the parser must never be shown less than there is.
+    /// Makes the frame part of the batch. False, and no frame, if it has a tail behind a head that is shorter than
+    /// [`HEAD_BYTES`]: the parser must never be shown less than there is.
     #[must_use]
     pub fn finish(mut self, meta: Meta) -> bool {
-        let slot = &mut self.batch.slots[self.batch.used];
-        if slot.segments > 0 && slot.head_length < HEAD_BYTES {
+        if self.slot.segments > 0 && self.slot.head_length < HEAD_BYTES {
             return false;
         }
-        slot.meta = meta;
+        self.slot.meta = meta;
         self.finished = true;
         true
     }
@@ -259,17 +266,18 @@ impl FrameBuilder<'_> {
 impl Drop for FrameBuilder<'_> {
     fn drop(&mut self) {
         if self.finished {
-            self.batch.used += 1;
+            self.batch.slots.push(self.slot);
         } else {
-            let first = self.batch.slots[self.batch.used].first_segment;
-            self.batch.segments.truncate(first);
+            self.batch.heads.truncate(self.slot.head_start);
+            self.batch.segments.truncate(self.slot.first_segment);
         }
     }
 }
 
 /// A port's other side. See the module's head for the life cycle and threads.
 pub trait Endpoint: Send {
-    /// Becomes readable when the guest has signalled; the endpoint itself clears it in `receive`.
+    /// Becomes readable when the guest has signalled; an eventfd, never read by the
+    /// worker (it polls edge-triggered, so that a guest which shares the fd cannot make a read block).
     fn wake_fd(&self) -> RawFd;
 
     /// Appends the guest's frames to the empty `batch` until it is full; true = there may be more.
@@ -316,7 +324,7 @@ mod tests {
         assert!(frame.tail(unsafe { Segment::new(byte.as_ptr(), 1) }));
         assert!(!frame.finish(Meta::default()), "a tail behind a short head");
         assert!(batch.is_empty());
-        assert!(batch.push_small(&[1, 2, 3], Meta::default()));
+        assert!(batch.push(&[1, 2, 3], Meta::default()));
         assert_eq!(batch.frame(0).unwrap().length, 3);
         assert!(batch.frame(0).unwrap().tail.is_empty());
         assert!(batch.frame(1).is_none());
@@ -326,11 +334,11 @@ mod tests {
     fn a_batch_is_bounded() {
         let mut batch = Batch::new();
         for _ in 0..BATCH {
-            assert!(batch.push_small(&[0; 14], Meta::default()));
+            assert!(batch.push(&[0; 14], Meta::default()));
         }
-        assert!(!batch.push_small(&[0; 14], Meta::default()));
-        assert!(!batch.push_small(&[0; HEAD_BYTES + 1], Meta::default()));
+        assert!(!batch.push(&[0; 14], Meta::default()));
+        assert!(!batch.push(&[0; MAX_FRAME + 1], Meta::default()));
         batch.clear();
-        assert_eq!(batch.room(), BATCH);
+        assert!(batch.is_empty());
     }
 }
