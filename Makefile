@@ -12,7 +12,7 @@ FUZZ_SECONDS ?= 60
 PACKAGES := hypervisor netvsc netvsp vswitch vswitch_confine vswitch_native vswitch_wire vswitchctl vswitchd vswitchlab
 RUST_SOURCES := $(shell find native -path native/target -prune -o -path native/fuzz -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 
-.PHONY: demo test native wheel lint lint-python lint-rust test-rust fuzz proto proto-check clean
+.PHONY: demo test native wheel lint lint-python lint-rust test-rust fuzz proto proto-check proto-baseline clean
 
 # --- for everyone ---------------------------------------------------------------------------------------------
 
@@ -71,6 +71,18 @@ lint-rust:
 test-rust:
 	cd native && $(CARGO) test --workspace --exclude vswitch-native
 	cd native && RUSTFLAGS='--cfg loom' $(CARGO) test --release -p vswitch-epoch -p vswitch-ring --lib --target-dir target/loom
+
+proto: $(VENV)/.installed-dev     ## vswitch_api/ anew from proto/
+	$(BIN)/python proto/generate.py
+
+# Breaking changes are judged against a committed image of the API, so that a fresh clone needs no history.
+proto-check: $(VENV)/.installed-dev
+	$(BIN)/buf lint
+	$(BIN)/buf breaking --against proto/vswitch.v1.binpb
+	$(BIN)/python proto/generate.py --check
+
+proto-baseline: proto-check       ## after an addition: what later changes must stay compatible with
+	$(BIN)/buf build --exclude-source-info -o proto/vswitch.v1.binpb
 
 fuzz:                             ## FUZZ_SECONDS for each target
 	native/fuzz/run.sh $(FUZZ_SECONDS)
