@@ -230,8 +230,12 @@ class Offload:
 
     def pack(self, size: int = NDIS_OFFLOAD_SIZE_NDIS_6_30) -> bytes:
         """The object: 112 (revision 1), 144 (2) or 156 bytes (3). Raises WireError for another size."""
-        revision = {NDIS_OFFLOAD_SIZE_NDIS_5_1: 1, NDIS_OFFLOAD_SIZE_NDIS_6_1: 2, NDIS_OFFLOAD_SIZE_NDIS_6_30:
-        3} if size not in revision:
+        revision = {
+            NDIS_OFFLOAD_SIZE_NDIS_5_1: 1,
+            NDIS_OFFLOAD_SIZE_NDIS_6_1: 2,
+            NDIS_OFFLOAD_SIZE_NDIS_6_30: 3,
+        }
+        if size not in revision:
             raise WireError(f"NDIS_OFFLOAD: no revision has {size} bytes; expected 112, 144 or 156")
 
         def encapsulation(flags: int) -> int:
@@ -267,8 +271,9 @@ class Offload:
         need("NDIS_OFFLOAD", data, NDIS_OFFLOAD_SIZE_NDIS_5_1)
         kind, revision, size = _OBJECT.unpack_from(data)
         if kind != NDIS_OBJECT_TYPE_OFFLOAD or revision < 1 or not 112 <= size <= len(data):
-            raise WireError(f"NDIS_OFFLOAD: type {kind:#x} revision {revision} size {size} in {len(data)}
-            bytes")
+            raise WireError(
+                f"NDIS_OFFLOAD: type {kind:#x} revision {revision} size {size} in {len(data)} bytes"
+            )
         checksums = struct.unpack_from("<8I", data, 4)
         lso = struct.unpack_from("<7I", data, 80)
         rsc = data[144:146] if size >= NDIS_OFFLOAD_SIZE_NDIS_6_30 else b"\0\0"
@@ -402,8 +407,9 @@ class ConfigParameter:
         for what, at, size in (("name", name_at, name_size), ("value", value_at, value_size)):
             if size > cls.MAXIMUM_STRING or at + size > len(data):
                 raise WireError(f"RNDIS_CONFIG_PARAMETER: {what} of {size} bytes at {at} of {len(data)}")
-        return cls(_utf16(data[name_at : name_at + name_size]), bytes(data[value_at : value_at + value_size]),
-        kind)
+        return cls(
+            _utf16(data[name_at : name_at + name_size]), bytes(data[value_at : value_at + value_size]), kind
+        )
 
 
 def _utf16(data: bytes) -> str:

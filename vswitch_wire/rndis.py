@@ -102,8 +102,9 @@ def _buffer(name: str, message: bytes, offset: int, length: int, fixed: int) -> 
         return b""
     start = HEADER_SIZE + offset
     if start < fixed or start + length > len(message):
-        raise WireError(f"{name}: {length} bytes at offset {offset} do not fit in a message of
-        {len(message)}")
+        raise WireError(
+            f"{name}: {length} bytes at offset {offset} do not fit in a message of {len(message)}"
+        )
     return bytes(message[start : start + length])
 
 
@@ -373,10 +374,19 @@ class PacketHeader(NamedTuple):
         frame and per-packet info together do not fit, or when out-of-band or VC fields are set.
         """
         need("RNDIS PACKET", header, PACKET_HEADER_SIZE)
-        kind, length, data_offset, data_length, oob_offset, oob_length, oobs, ppi_offset, ppi_length, vc, _ =
         (
-            _PACKET.unpack_from(header)
-        )
+            kind,
+            length,
+            data_offset,
+            data_length,
+            oob_offset,
+            oob_length,
+            oobs,
+            ppi_offset,
+            ppi_length,
+            vc,
+            _,
+        ) = _PACKET.unpack_from(header)
         if kind != RNDIS_MSG_PACKET:
             raise WireError(f"RNDIS PACKET: message type {kind:#x}")
         if not PACKET_HEADER_SIZE <= length <= available:
@@ -387,8 +397,8 @@ class PacketHeader(NamedTuple):
             raise WireError("RNDIS PACKET: the frame is empty")
         if data_offset < PACKET_BODY_SIZE or HEADER_SIZE + data_offset + data_length > length:
             raise WireError(
-                f"RNDIS PACKET: {data_length} bytes at offset {data_offset} do not fit in a message of
-                {length}"
+                f"RNDIS PACKET: {data_length} bytes at offset {data_offset} do not fit"
+                f" in a message of {length}"
             )
         if ppi_length == 0:
             ppi_offset = PACKET_BODY_SIZE
@@ -572,7 +582,8 @@ def split(data: bytes) -> Iterator[bytes]:
     while position < len(data):
         kind, length = message_header(data[position:])
         if position and kind != RNDIS_MSG_PACKET:
-            raise WireError(f"RNDIS aggregate: message type {kind:#x} after the first, only PACKET may
-            follow")
+            raise WireError(
+                f"RNDIS aggregate: message type {kind:#x} after the first, only PACKET may follow"
+            )
         yield data[position : position + length]
         position += length
