@@ -6,9 +6,11 @@ mapping per region; views over page lists are lists of runs inside those mapping
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
+import select
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -304,34 +306,47 @@ class Eventfd:
 
 
 def signal_fd(fd: int) -> None:
-    """Adds 1 to the eventfd `fd`; a full counter is already a wake-up."""
-    try:
-        os.eventfd_write(fd, 1)
-    except BlockingIOError:
-        return
+    """Adds 1 to the eventfd `fd`; a full counter is already a wake-up.
+
+    O_NONBLOCK belongs to the open file description, which the peer shares and may change: hence the poll.
+    """
+    poller = select.poll()
+    poller.register(fd, select.POLLOUT)
+    if poller.poll(0):
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_write(fd, 1)
 
 
 def drain_fd(fd: int) -> int:
-    """Reads and clears the eventfd `fd`; 0 when it was clear."""
+    """Reads and clears the eventfd `fd`; 0 when it was clear. The peer may have changed O_NONBLOCK."""
+    counter = bytearray(8)
     try:
-        return os.eventfd_read(fd)
+        os.preadv(fd, [counter], -1, os.RWF_NOWAIT)
     except BlockingIOError:
         return 0
+    return int.from_bytes(counter, "little")
 
 
 class Interrupt:
     """Host to guest: sets the channel's event flag on its VP, then writes the VP's interrupt eventfd."""
 
     def __init__(self, memory: GuestMemory, fd: int) -> None:
-        """`fd` stays owned by the caller."""
+        """`fd` is duplicated: the caller keeps and closes its own."""
         self._memory = memory
-        self._fd = fd
+        self._fd = os.dup(fd)
         self._flag: tuple[int, int] | None = None
 
-    def target(self, siefp_gpa: int | None, sint: int, flag: int) -> None:
-        """Where the flag lives: the VP's SIEFP page (None: not enabled, then only the eventfd is written)."""
+    def target(self, siefp_gpa: int | None, sint: int, flag: int, fd: int | None = None) -> None:
+        """Where the flag lives: the VP's SIEFP page (None: not enabled, then only the eventfd is written).
+
+        `fd`, duplicated too, replaces the eventfd: the channel moved to another VP, or the door was resumed.
+        """
         if not 0 <= sint < 16 or not 0 <= flag < EVENT_FLAGS_PER_SINT:
             raise MemoryAccessError(f"event flag {flag} of SINT {sint} does not exist")
+        if fd is not None:
+            replacement = os.dup(fd)
+            os.close(self._fd)
+            self._fd = replacement
         if siefp_gpa is None:
             self._flag = None
             return
@@ -344,4 +359,11 @@ class Interrupt:
         written."""
         if self._flag is not None:
             self._memory.set_flag(*self._flag)
-        signal_fd(self._fd)
+        if self._fd >= 0:
+            signal_fd(self._fd)
+
+    def close(self) -> None:
+        """Closes the duplicate of the eventfd; signals are no-ops from then on."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

@@ -277,7 +277,8 @@ class Offload:
         checksums = struct.unpack_from("<8I", data, 4)
         lso = struct.unpack_from("<7I", data, 80)
         rsc = data[144:146] if size >= NDIS_OFFLOAD_SIZE_NDIS_6_30 else b"\0\0"
-        return cls(*checksums[1::2], lso[1], lso[2], lso[4], lso[5], lso[6], bool(rsc[0]), bool(rsc[1]))
+        values = (*checksums[1::2], lso[1], lso[2], lso[4], lso[5], lso[6], bool(rsc[0]), bool(rsc[1]))
+        return cls(*values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,7 +344,8 @@ class OffloadParameters:
             raise WireError(f"NDIS_OFFLOAD_PARAMETERS: NDIS object type {kind:#x}, expected 0x80")
         (flags,) = struct.unpack_from("<I", data, 16)
         rsc = (data[22], data[23]) if len(data) >= 24 else (0, 0)
-        return cls(*values, flags, *rsc)
+        everything = (*values, flags, *rsc)
+        return cls(*everything)
 
 
 @dataclass(frozen=True, slots=True)

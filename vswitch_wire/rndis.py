@@ -452,7 +452,8 @@ class TxChecksum(NamedTuple):
     @classmethod
     def unpack(cls, value: int) -> Self:
         """Decodes the u32."""
-        return cls(*(bool(value >> bit & 1) for bit in range(5)), header_offset=value >> 16 & 0x3FF)
+        bits = [bool(value >> bit & 1) for bit in range(5)]
+        return cls(bits[0], bits[1], bits[2], bits[3], bits[4], value >> 16 & 0x3FF)
 
 
 class RxChecksum(NamedTuple):
@@ -506,16 +507,17 @@ def vlan_tci_from_info(value: int) -> int:
     return (value & 7) << 13 | (value >> 3 & 1) << 12 | value >> 4 & 0xFFF
 
 
+PACKET_ID_MULTI_SUB_ALLOCATION = 1
+PACKET_ID_FIRST_FRAGMENT = 2
+PACKET_ID_LAST_FRAGMENT = 4
+
+
 class PacketId(NamedTuple):
     """Internal record 1: a fragment of a coalesced (RSC) packet."""
 
     flags: int
     id: int
     version: int = 1
-
-    MULTI_SUB_ALLOCATION = 1
-    FIRST_FRAGMENT = 2
-    LAST_FRAGMENT = 4
 
     def pack(self) -> bytes:
         """The record's 4 bytes of data."""
