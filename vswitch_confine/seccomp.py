@@ -42,7 +42,7 @@ COMPUTE_AND_READ = """
     fcntl fstat futex get_robust_list getcwd getdents64 getegid geteuid getgid getpgid getpgrp
     getpid getppid getrandom getresgid getresuid getrlimit getrusage getsid gettid gettimeofday
     getuid lseek lstat madvise membarrier mmap mprotect mremap munmap nanosleep newfstatat open
-    openat pipe2 poll ppoll pread64 preadv prlimit64 pselect6 pwrite64 read readlink readlinkat
+    openat pipe2 poll ppoll pread64 preadv preadv2 prlimit64 pselect6 pwrite64 read readlink readlinkat
     readv recvfrom recvmsg restart_syscall rseq rt_sigaction rt_sigprocmask rt_sigreturn
     sched_getaffinity sched_yield select sendmsg sendto set_robust_list set_tid_address sigaltstack
     stat statx sysinfo time times umask uname write writev

@@ -12,8 +12,11 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
+from vswitch.upcall import Pass
+
 MAX_MESSAGE = 8192
 MAX_TEXT = 2000
+_PASSES: tuple[Pass, ...] = ("ingress", "egress")
 
 
 class ControlError(ValueError):
@@ -40,7 +43,7 @@ class Ready:
 
     class_name: str
     kind: str
-    passes: frozenset[str]
+    passes: frozenset[Pass]
     layers: tuple[str, ...]
     missing: tuple[str, ...]
 
@@ -79,9 +82,10 @@ def decode(data: bytes) -> Message:
     if kind == "stale" and isinstance(value, str):
         return Stale(_text(value))
     if kind == "ready" and isinstance(value, dict):
-        passes = frozenset(_texts(value, "passes"))
-        if not passes <= {"ingress", "egress"} or not passes:
-            raise ControlError(f"control message with passes {sorted(passes)}")
+        named = _texts(value, "passes")
+        passes = frozenset(known for known in _PASSES if known in named)
+        if not passes or len(passes) != len(named):
+            raise ControlError(f"control message with passes {named}")
         if value.get("kind") != "filter":
             raise ControlError("control message with an unknown kind of extension")
         name = value.get("class")

@@ -329,7 +329,8 @@ class Packet:
             return None
         body = self._data[self._l3 : self._l3 + 28]
         if len(body) < 28 or body[:6] != b"\x00\x01\x08\x00\x06\x04":
-            return self._malformed()
+            self._malformed()
+            return None
         return Arp(body, self._record)
 
     @property
@@ -340,7 +341,8 @@ class Packet:
             return None
         parsed = self._parse_ip()
         if parsed is None:
-            return self._malformed()
+            self._malformed()
+            return None
         proto, fragment, _, _ = parsed
         return Ip(self._data[self._l3 : self._l3 + 40], proto, fragment, self._record)
 
@@ -436,7 +438,8 @@ class Packet:
             return None
         parsed = self._parse_ip()
         if parsed is None:
-            return self._malformed()
+            self._malformed()
+            return None
         proto, fragment, offset, end = parsed
         self._record(Field.IP_PROTO.bit)
         if proto != protocol:
@@ -446,7 +449,8 @@ class Packet:
             return None
         header = self._data[offset : min(offset + 60, end)]
         if len(header) < size:
-            return self._malformed()
+            self._malformed()
+            return None
         return header
 
 

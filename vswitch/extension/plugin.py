@@ -79,7 +79,7 @@ def passes_of(extension: type[Extension]) -> frozenset[str]:
 
 def judge(extension: Extension, egress: bool, packet: Packet) -> Verdict:
     """Ask the extension about one frame. Raises what it raises; TypeError when it answers something else."""
-    method = extension.egress if egress else extension.ingress  # type: ignore[attr-defined]
+    method = extension.egress if egress else extension.ingress
     Extension._judging = packet
     try:
         verdict = method(packet)

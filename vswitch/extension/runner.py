@@ -15,9 +15,7 @@ import select
 import signal
 import socket
 import sys
-
-from vswitch_wire.memory import GuestMemory, Region, drain_fd, signal_fd
-from vswitch_wire.ring import RingReader, RingWriter
+import traceback
 
 from vswitch.extension import control, sandbox
 from vswitch.extension.loader import ExtensionLoadError, describe, load
@@ -35,6 +33,8 @@ from vswitch.upcall import (
 )
 from vswitch_confine import ConfinementRefused, limits, namespaces
 from vswitch_wire import packet as ring_packet
+from vswitch_wire.memory import GuestMemory, Region, drain_fd, signal_fd
+from vswitch_wire.ring import RingReader, RingWriter
 
 _PAGE = 4096
 _FULL_RING_PAUSE_MS = 20
@@ -149,9 +149,10 @@ def main() -> None:
         sys.exit(wait_for(child, connection))
     try:
         run(arguments, connection, missing)
-    finally:
-        sys.stdout.flush()
-        os._exit(1)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(1)
 
 
 if __name__ == "__main__":
