@@ -322,4 +322,11 @@ class Datapath(Protocol):
         """Sets who is told of events; called on the loop's thread."""
         ...
 
+    async def advance(self, seconds: float) -> None:
+        """Moves the time of a datapath made with `manual_time=True`, and does what falls due.
+
+        Else ValueError.
+        """
+        ...
+
     async def close(self) -> None: ...

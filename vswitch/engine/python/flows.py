@@ -1,8 +1,8 @@
 """The flow cache: what was decided once holds for every frame that is equal in all that was looked at.
 
-Entries with the same mask share a table (tuple space); a lookup tries the masks in the order in which they came. All
-entries that match a frame agree, because each holds for every frame equal in its fields. Bounded in masks and
-entries; a full cache gives up its oldest entry.
+Entries with the same mask share a table (tuple space); a lookup tries the masks in the order in which they
+came. All entries that match a frame agree, because each holds for every frame equal in its fields. Bounded
+in masks and entries; a full cache gives up its oldest entry.
 """
 
 from __future__ import annotations
@@ -179,6 +179,10 @@ def action_texts(program: Program) -> tuple[str, ...]:
         return (words(program.drop.reason.name, program.drop.dropped_by, program.drop.detail),)
     return tuple(
         f"output {one.port_id}"
-        + ("" if one.drop is None else ": " + words(one.drop.reason.name, one.drop.dropped_by, one.drop.detail))
+        + (
+            ""
+            if one.drop is None
+            else ": " + words(one.drop.reason.name, one.drop.dropped_by, one.drop.detail)
+        )
         for one in program.destinations
     )

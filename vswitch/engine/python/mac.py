@@ -20,7 +20,9 @@ class _Row:
 
 
 class MacTable:
-    """`changed` is called with the key of every row that appears, moves or goes: cached flows depend on it."""
+    """`changed` is called with the key of every row that appears, moves or goes: cached flows depend on
+    it.
+    """
 
     def __init__(self, limits: Limits, counters: SwitchCounters, changed: Callable[[MacKey], None]) -> None:
         self._rows: dict[MacKey, _Row] = {}

@@ -1,8 +1,8 @@
 """Reads a frame's headers into the fields that flows match on.
 
-Looks at no byte beyond `HEAD_BYTES`. A frame whose headers are cut short or contradict themselves is `irregular`: it
-is forwarded like any other, but its verdicts are never cached, because two parsers might read it differently.
-IEEE 802.1Q (one tag, 0x8100), RFC 826, 791, 8200, 9293, 768, 792, 4443.
+Looks at no byte beyond `HEAD_BYTES`. A frame whose headers are cut short or contradict themselves is
+`irregular`: it is forwarded like any other, but its verdicts are never cached, because two parsers might
+read it differently. IEEE 802.1Q (one tag, 0x8100), RFC 826, 791, 8200, 9293, 768, 792, 4443.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""The switch's pipeline, stage by stage, as one readable walk. The document of record for what a frame's fate is.
+"""The switch's pipeline, stage by stage, as one readable walk: the document of record for a frame's fate.
 
-Order (WDK, "Packet Flow through the Extensible Switch Data Path"): filter extensions in their order, built-in ingress
-policies, the turn (learning and choice of destinations), then for each destination built-in egress policies and the
-filter extensions in reverse order. Capture and delivery lie around it, in the datapath.
+Order (WDK, "Packet Flow through the Extensible Switch Data Path"): filter extensions in their order, built-in
+ingress policies, the turn (learning and choice of destinations), then for each destination built-in egress
+policies
+and the filter extensions in reverse order. Capture and delivery lie around it, in the datapath.
 
-A walk is a generator: it yields an `Ask` whenever an extension has to be consulted, is sent the `Answer`, and returns
-the `Program`, which is what the flow cache keeps. It has no effect but learning, and not even that when it is traced.
+A walk is a generator: it yields an `Ask` whenever an extension has to be consulted, is sent the `Answer`,
+and returns the `Program`, which is what the flow cache keeps. It has no effect but learning, and not even
+that when it is traced.
 """
 
 from __future__ import annotations
@@ -99,7 +101,13 @@ class Recorder:
             self.ttl_ns = answer.ttl_ns
 
     def step(
-        self, stage: str, verdict: str, detail: str, fields: int = 0, port_id: int | None = None, drop: Drop | None = None
+        self,
+        stage: str,
+        verdict: str,
+        detail: str,
+        fields: int = 0,
+        port_id: int | None = None,
+        drop: Drop | None = None,
     ) -> None:
         if self.tracing:
             reason = None if drop is None else drop.reason
@@ -220,9 +228,13 @@ def _turn(packet: Packet, recorder: Recorder, around: Surroundings) -> Program:
             found = packet.in_port  # as it would be, had the frame been learned from
         recorder.dependencies.append((key, found))
         if found == packet.in_port:
-            return nowhere(DropReason.UNICAST_NO_DESTINATION, f"{mac_text(address)} is behind the port it came from")
+            return nowhere(
+                DropReason.UNICAST_NO_DESTINATION, f"{mac_text(address)} is behind the port it came from"
+            )
         if found is not None:
-            recorder.step("turn", "forward", f"{mac_text(address)} is behind {around.port_name(found)}", read, found)
+            recorder.step(
+                "turn", "forward", f"{mac_text(address)} is behind {around.port_name(found)}", read, found
+            )
             return Program(None, (Destination(found),), source=source)
         kind, unknown = "unknown", True
         if not others:
