@@ -1,1 +1,12 @@
 //! The byte formats that both sides of a partition's door share: VMBus, NVSP, RNDIS, hypercalls, door frames.
+//!
+//! `vswitch_wire` (Python) is the document of record; property tests hold the two to the same answers.
+
+#![forbid(unsafe_code)]
+
+mod bytes;
+pub mod error;
+pub mod gpadl;
+pub mod packet;
+
+pub use error::{Result, WireError};
