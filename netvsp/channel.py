@@ -1,17 +1,18 @@
-"""The data channel of a synthetic NIC, Python twin: ring packets from the guest to frames, and frames to the guest.
+"""The data channel of a synthetic NIC, Python twin: ring packets from the guest to frames, and frames to
+the guest.
 
 Document of record for ``native/netvsp/src/channel.rs``, which has the same surface as
-``vswitch_native.netvsp.Channel``. The channel owns the ring pair: data 107s become frames for the switch, control
-messages wait in `Channel.take_control` for the NIC's control plane, and every packet that asks for a completion gets
-exactly one.
+``vswitch_native.netvsp.Channel``. The channel owns the ring pair: data 107s become frames for the switch,
+control messages wait in `Channel.take_control` for the NIC's control plane, and every packet that asks
+for a completion gets exactly one.
 
-Life cycle: made when the guest opens the channel; `set_receive_buffer` / `set_send_buffer` / `set_data` as the
-handshake goes on; the endpoint is attached to a switch port all along, because control packets arrive on the same
-ring; after the port's detach, `close`.
+Life cycle: made when the guest opens the channel; `set_receive_buffer` / `set_send_buffer` / `set_data`
+as the handshake goes on; the endpoint is attached to a switch port all along, because control packets
+arrive on the same ring; after the port's detach, `close`.
 
-Threads: all calls on the event loop's thread. Hostile guest: every packet is copied out of the ring once, checked,
-then used; frames are private copies, so that what a guest rewrites later is never delivered. A guest that breaks
-the ring or the protocol loses this channel alone (`fault`).
+Threads: all calls on the event loop's thread. Hostile guest: every packet is copied out of the ring once,
+checked, then used; frames are private copies, so that what a guest rewrites later is never delivered. A
+guest that breaks the ring or the protocol loses this channel alone (`fault`).
 """
 
 from __future__ import annotations
@@ -39,19 +40,21 @@ PADDED_MESSAGE = 32
 """Bytes of an NVSP message in the ring: the fixed 28 of versions 1 to 6, padded."""
 CONTROL_ID_BIT = 1 << 63
 """Transaction ids of the host's own in-band requests have it; receive packets are numbered below 2^32."""
-DATA_107 = struct.pack("<4I", nvsp.NVSP_MSG1_TYPE_SEND_RNDIS_PKT, 0, NO_SECTION, 0).ljust(PADDED_MESSAGE, b"\0")
+DATA_107 = struct.pack("<4I", nvsp.NVSP_MSG1_TYPE_SEND_RNDIS_PKT, 0, NO_SECTION, 0).ljust(
+    PADDED_MESSAGE, b"\0"
+)
 CONTROL_107 = struct.pack("<4I", nvsp.NVSP_MSG1_TYPE_SEND_RNDIS_PKT, 1, NO_SECTION, 0).ljust(
     PADDED_MESSAGE, b"\0"
 )
 COMPLETION_BYTES = 16 + PADDED_MESSAGE + 8
 GUEST_CONTROL_TYPES = frozenset(
     (
-        rndis.RNDIS_INITIALIZE_MSG,
-        rndis.RNDIS_HALT_MSG,
-        rndis.RNDIS_QUERY_MSG,
-        rndis.RNDIS_SET_MSG,
-        rndis.RNDIS_RESET_MSG,
-        rndis.RNDIS_KEEPALIVE_MSG,
+        rndis.RNDIS_MSG_INIT,
+        rndis.RNDIS_MSG_HALT,
+        rndis.RNDIS_MSG_QUERY,
+        rndis.RNDIS_MSG_SET,
+        rndis.RNDIS_MSG_RESET,
+        rndis.RNDIS_MSG_KEEPALIVE,
     )
 )
 
@@ -60,7 +63,9 @@ class ControlPacket(NamedTuple):
     """One control message from the guest, whole and inside private memory."""
 
     kind: str
-    """``inband`` (an NVSP message), ``completion`` (of the host's in-band request) or ``rndis``."""
+    """``inband`` (an NVSP message), ``completion`` (of the host's in-band request), ``rndis``, or
+    ``revoked``: the data path let go of the buffer whose kind is the payload (``receive`` or
+    ``send``)."""
     transaction_id: int
     completion_requested: bool
     """Already answered by the channel for ``rndis``."""
@@ -88,10 +93,13 @@ class Channel:
         interrupt: Interrupt,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        """Maps the rings. Raises ValueError or MemoryAccessError if they are not inside the guest's memory."""
+        """Maps the rings. Raises ValueError or MemoryAccessError if they are not inside the guest's
+        memory."""
         pages = len(ring_pfns)
         if not 2 <= downstream_page_offset <= pages - 2:
-            raise ValueError(f"downstream ring at page {downstream_page_offset} of {pages}: each ring needs two")
+            raise ValueError(
+                f"downstream ring at page {downstream_page_offset} of {pages}: each ring needs two"
+            )
         upstream = list(ring_pfns[:downstream_page_offset])
         downstream = list(ring_pfns[downstream_page_offset:])
         self._memory = memory
@@ -170,10 +178,12 @@ class Channel:
         self._backlog = deque(item for item in self._backlog if not item[0])
         self._backlog_bytes = sum(len(item[1]) for item in self._backlog)
         self._receive = None
+        self._queue_control(ControlPacket("revoked", 0, False, b"receive"))
 
     def revoke_send_buffer(self) -> None:
         """The guest takes its send buffer back."""
         self._send = None
+        self._queue_control(ControlPacket("revoked", 0, False, b"send"))
 
     def set_data(self, enabled: bool) -> None:
         """Opens or shuts the data path (RNDIS initialised or halted)."""
@@ -209,7 +219,8 @@ class Channel:
         self._tapped = deque(maxlen=limits.TAP_PACKETS) if on else None
 
     def take_tapped(self) -> list[tuple[int, str, bytes]]:
-        """(nanoseconds since the epoch, ``in`` from the guest or ``out`` to it, packet bytes) since the last call."""
+        """(nanoseconds since the epoch, ``in`` from the guest or ``out`` to it, packet bytes) since
+        the last call."""
         if self._tapped is None:
             return []
         taken = list(self._tapped)
@@ -430,7 +441,9 @@ class Channel:
 
     def _queue_control(self, item: ControlPacket) -> None:
         if len(self._control) >= limits.MAX_CONTROL_QUEUED:
-            self._lose(f"more than {limits.MAX_CONTROL_QUEUED} control messages without waiting for an answer")
+            self._lose(
+                f"more than {limits.MAX_CONTROL_QUEUED} control messages without waiting for an answer"
+            )
             return
         self._control.append(item)
         signal_fd(self.control_fd)
@@ -487,7 +500,8 @@ class Channel:
         return self._groups[-1]
 
     def _room_for(self, run: receive_path.Run) -> bool:
-        """Whether the ring will surely take all that is pending and this run, even if it starts packets anew."""
+        """Whether the ring will surely take all that is pending and this run, even if it starts
+        packets anew."""
         ranges = sum(map(len, self._groups)) + len(run.messages)
         packets = len(self._groups) + 1 + len(run.messages) // limits.MAX_RANGES_PER_PACKET
         needed = packets * (24 + PADDED_MESSAGE + 8) + 8 * ranges + COMPLETION_BYTES * len(self._completions)

@@ -82,6 +82,12 @@ def fits(frame_length: int, transport: Transport) -> bool:
     return transport.l4_offset + need <= frame_length
 
 
+def is_tcp_or_udp(frame: bytes | bytearray, transport: Transport) -> bool:
+    """Whether the transport is one with a checksum that this module can complete, all of its header
+    present."""
+    return transport.protocol in (TCP, UDP) and fits(len(frame), transport)
+
+
 def fill_ipv4_header_checksum(frame: bytearray, transport: Transport) -> None:
     """Computes the IPv4 header checksum in place; nothing to do for IPv6."""
     if transport.ip_version != 4:
@@ -131,9 +137,9 @@ def complete_transport_checksum(frame: bytearray, transport: Transport) -> None:
 def segment(frame: bytes | bytearray, transport: Transport, mss: int) -> list[bytearray]:
     """Cuts a TCP super-frame into complete segments of at most ``mss`` payload bytes.
 
-    Every length, IP checksum and TCP checksum is rebuilt: senders leave them zero or partial. FIN and PSH stay on
-    the last segment only, CWR on the first only; IPv4 identification counts up. Raises ValueError when the TCP
-    header does not fit in the frame.
+    Every length, IP checksum and TCP checksum is rebuilt: senders leave them zero or partial. FIN and PSH
+    stay on the last segment only, CWR on the first only; IPv4 identification counts up. Raises ValueError
+    when the TCP header does not fit in the frame.
     """
     l4 = transport.l4_offset
     if transport.protocol != TCP or l4 + 20 > len(frame):

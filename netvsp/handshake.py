@@ -1,8 +1,9 @@
 """The NVSP state machine of the host: what a guest may send when, and what it is answered.
 
-Formats and order: Linux ``drivers/net/hyperv/hyperv_net.h``, ``netvsc.c``; openvmm ``netvsp/src/protocol.rs``. The
-order is: INIT (newest version first, one at a time), NDIS configuration, NDIS version, receive buffer, send buffer,
-then RNDIS. A guest that repeats a step, goes back, or sends what its version does not have, loses the channel.
+Formats and order: Linux ``drivers/net/hyperv/hyperv_net.h``, ``netvsc.c``; openvmm
+``netvsp/src/protocol.rs``. The order is: INIT (newest version first, one at a time), NDIS configuration,
+NDIS version, receive buffer, send buffer, then RNDIS. A guest that repeats a step, goes back, or sends
+what its version does not have, loses the channel.
 """
 
 from __future__ import annotations
@@ -170,14 +171,10 @@ class Handshake:
             pages = self.gpadl(message.gpadl_id)
             length = min(pages.byte_count, largest)
             count = length // size
-            self.buffers.set_receive_buffer(
-                pages.pfns, pages.byte_offset, length, message.id, size, count
-            )
+            self.buffers.set_receive_buffer(pages.pfns, pages.byte_offset, length, message.id, size, count)
         except (KeyError, ValueError):
             return self._pack(
-                nvsp.SendReceiveBufferComplete(
-                    nvsp.NVSP_STAT_FAIL, (nvsp.ReceiveBufferSection(0, 0, 0, 0),)
-                )
+                nvsp.SendReceiveBufferComplete(nvsp.NVSP_STAT_FAIL, (nvsp.ReceiveBufferSection(0, 0, 0, 0),))
             )
         self.receive_buffer_id = message.id
         section = nvsp.ReceiveBufferSection(0, size, count, size * count)

@@ -32,13 +32,8 @@ MAX_COMPLETIONS_QUEUED = 1024
 """Completions waiting for room in the ring; reading the guest's packets stops there."""
 TAP_PACKETS = 4096
 
-RNDIS_MAX_PACKETS_PER_MESSAGE = 8
-RNDIS_ALIGNMENT_EXPONENT = 3
-RNDIS_MAX_TRANSFER = 0xEFFFFFFF
-LSO_MAX_SIZE = 0xF53C
-LSO_MIN_SEGMENTS = 2
-
 
 def sub_allocation_size(mtu: int) -> int:
-    """Bytes of one receive sub-allocation for an MTU with Ethernet header: a multiple of 64, 1856 for 1514."""
+    """Bytes of one receive sub-allocation for an MTU with Ethernet header: a multiple of 64, 1856 for
+    1514."""
     return (mtu + SUB_ALLOCATION_OVERHEAD + 63) // 64 * 64

@@ -1,36 +1,34 @@
 """Task offload: the capability object that a guest reads, and what it enables of it.
 
-Formats: ntddndis.h NDIS_OFFLOAD (revision 3, 156 bytes) and NDIS_OFFLOAD_PARAMETERS. Only what the data path really
-does is offered: transmit and receive checksums, TCP large send version 2, and receive segment coalescing where the
-guest speaks NVSP 6.1 and asked for it.
+Only what the data path really does is offered: transmit and receive checksums, TCP large send version 2,
+and receive segment coalescing where the guest speaks NVSP 6.1 and asked for it. Objects: ntddndis.h
+NDIS_OFFLOAD, NDIS_OFFLOAD_PARAMETERS.
 """
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 
-from netvsp import limits, receive_path
-
-OFFLOAD_SIZE = 156
-OBJECT_OFFLOAD = 0xA7
-OBJECT_DEFAULT = 0x80
-REVISION = 3
-ENCAPSULATION_8023 = 2
-
-IP_OPTIONS, TCP_OPTIONS, TCP, UDP, IP_HEADER = 0x001, 0x004, 0x010, 0x040, 0x100
-IPV6_EXTENSIONS = 0x001
-LSO_V6_OPTIONS = 0x1 | 0x4
+from netvsp import receive_path
+from vswitch_wire import ndis
+from vswitch_wire.errors import WireError
 
 TX, RX = 1, 2
-# NDIS_OFFLOAD_PARAMETERS checksum values 1..4 as direction bits; 0 leaves things as they are.
-CHECKSUM_VALUES = {1: 0, 2: TX, 3: RX, 4: TX | RX}
-CHECKSUM_NAMES = ("ipv4", "tcp4", "udp4", "tcp6", "udp6")
-PARAMETERS_MIN = 20
+# NDIS_OFFLOAD_PARAMETERS checksum values as direction bits; 0 leaves things as they are.
+CHECKSUM_VALUES = {
+    ndis.OFFLOAD_CHECKSUM_OFF: 0,
+    ndis.OFFLOAD_CHECKSUM_TX: TX,
+    ndis.OFFLOAD_CHECKSUM_RX: RX,
+    ndis.OFFLOAD_CHECKSUM_BOTH: TX | RX,
+}
 
 
 class InvalidParameters(ValueError):
-    """An NDIS_OFFLOAD_PARAMETERS object that cannot be honoured."""
+    """Offload parameters with values that NDIS does not have."""
+
+
+class NotOffered(ValueError):
+    """Offload parameters that switch on what this NIC does not offer."""
 
 
 @dataclass(slots=True)
@@ -50,30 +48,40 @@ class OffloadState:
     """Both sides speak NVSP 6.1 and the guest announced receive segment coalescing."""
 
     def apply(self, data: bytes) -> None:
-        """Acts on NDIS_OFFLOAD_PARAMETERS. Senders put revision 3 whatever the size: only the size counts.
+        """Acts on NDIS_OFFLOAD_PARAMETERS; nothing is changed when it raises.
 
-        Raises InvalidParameters, changing nothing, for a short object, an impossible value or large send version 1.
+        Raises InvalidParameters for a malformed object, NotOffered for large send version 1.
         """
-        if len(data) < PARAMETERS_MIN:
-            raise InvalidParameters(f"offload parameters of {len(data)} bytes, at least {PARAMETERS_MIN}")
-        checksums = data[4:9]
-        if any(value > 4 for value in checksums):
+        try:
+            wanted = ndis.OffloadParameters.unpack(data)
+        except WireError as error:
+            raise InvalidParameters(str(error)) from error
+        checksums = {
+            "ipv4": wanted.ipv4_checksum,
+            "tcp4": wanted.tcp4_checksum,
+            "udp4": wanted.udp4_checksum,
+            "tcp6": wanted.tcp6_checksum,
+            "udp6": wanted.udp6_checksum,
+        }
+        switches = {
+            "lso4": wanted.lso_v2_ipv4,
+            "lso6": wanted.lso_v2_ipv6,
+            "rsc4": wanted.rsc_ipv4,
+            "rsc6": wanted.rsc_ipv6,
+        }
+        if max(checksums.values()) > ndis.OFFLOAD_CHECKSUM_BOTH:
             raise InvalidParameters("a checksum offload value above 4")
-        lso1, lso4, lso6 = data[9], data[11], data[12]
-        rsc4, rsc6 = (data[22], data[23]) if len(data) >= 24 else (0, 0)
-        if lso1 == 2:
-            raise InvalidParameters("large send version 1 is not offered")
-        if any(value > 2 for value in (lso1, lso4, lso6, rsc4, rsc6)):
+        if max(*switches.values(), wanted.lso_v1) > ndis.OFFLOAD_ON:
             raise InvalidParameters("a large send or coalescing value above 2")
-        for name, value in zip(CHECKSUM_NAMES, checksums, strict=True):
+        if wanted.lso_v1 == ndis.OFFLOAD_ON:
+            raise NotOffered("large send version 1 is not offered")
+        for name, value in checksums.items():
             if value:
                 setattr(self, name, CHECKSUM_VALUES[value])
-        for name, value in (("lso4", lso4), ("lso6", lso6)):
+        for name, value in switches.items():
             if value:
-                setattr(self, name, value == 2)
-        for name, value in (("rsc4", rsc4), ("rsc6", rsc6)):
-            if value:
-                setattr(self, name, value == 2 and self.rsc_offered)
+                offered = self.rsc_offered or name.startswith("lso")
+                setattr(self, name, offered and value == ndis.OFFLOAD_ON)
 
     def receive_bits(self) -> int:
         """The data channel's `set_offload` argument."""
@@ -89,41 +97,37 @@ class OffloadState:
         return sum(bit for enabled, bit in pairs if enabled)
 
     def current(self) -> bytes:
-        """NDIS_OFFLOAD with what is enabled now (OID_TCP_OFFLOAD_CURRENT_CONFIG and its indication)."""
-        v4 = [self._flags4(direction) for direction in (TX, RX)]
-        v6 = [self._flags6(direction) for direction in (TX, RX)]
-        return _object(v4[0], v4[1], v6[0], v6[1], self.lso4, self.lso6, self.rsc4, self.rsc6)
+        """NDIS_OFFLOAD, 156 bytes, with what is enabled now."""
+        return ndis.Offload(
+            self._flags4(TX),
+            self._flags4(RX),
+            self._flags6(TX),
+            self._flags6(RX),
+            ndis.LSO_MAXIMUM_SIZE if self.lso4 else 0,
+            ndis.LSO_MINIMUM_SEGMENTS if self.lso4 else 0,
+            ndis.LSO_MAXIMUM_SIZE if self.lso6 else 0,
+            ndis.LSO_MINIMUM_SEGMENTS if self.lso6 else 0,
+            ndis.LSO_V6_EXTENSION_HEADERS | ndis.LSO_V6_TCP_OPTIONS if self.lso6 else 0,
+            self.rsc4,
+            self.rsc6,
+        ).pack()
 
     def hardware(self) -> bytes:
-        """NDIS_OFFLOAD with all that the data path can do (OID_TCP_OFFLOAD_HARDWARE_CAPABILITIES)."""
-        full = OffloadState(TX | RX, TX | RX, TX | RX, TX | RX, TX | RX, True, True)
+        """NDIS_OFFLOAD, 156 bytes, with all that the data path can do."""
+        full = OffloadState(TX | RX, TX | RX, TX | RX, TX | RX, TX | RX, lso4=True, lso6=True)
         full.rsc4 = full.rsc6 = self.rsc_offered
         return full.current()
 
     def _flags4(self, direction: int) -> int:
-        flags = IP_HEADER if self.ipv4 & direction else 0
-        flags |= TCP | TCP_OPTIONS if self.tcp4 & direction else 0
-        flags |= UDP if self.udp4 & direction else 0
-        return flags | IP_OPTIONS if flags else 0
+        flags = ndis.IPV4_CHECKSUM_IP_HEADER if self.ipv4 & direction else 0
+        if self.tcp4 & direction:
+            flags |= ndis.IPV4_CHECKSUM_TCP | ndis.IPV4_CHECKSUM_TCP_OPTIONS
+        flags |= ndis.IPV4_CHECKSUM_UDP if self.udp4 & direction else 0
+        return flags | ndis.IPV4_CHECKSUM_IP_OPTIONS if flags else 0
 
     def _flags6(self, direction: int) -> int:
-        flags = TCP | TCP_OPTIONS if self.tcp6 & direction else 0
-        flags |= UDP if self.udp6 & direction else 0
-        return flags | IPV6_EXTENSIONS if flags else 0
-
-
-def _object(
-    tx4: int, rx4: int, tx6: int, rx6: int, lso4: bool, lso6: bool, rsc4: bool, rsc6: bool
-) -> bytes:
-    words: list[int] = []
-    for flags in (tx4, rx4, tx6, rx6):
-        words += [ENCAPSULATION_8023 if flags else 0, flags]
-    large4 = (ENCAPSULATION_8023, limits.LSO_MAX_SIZE, limits.LSO_MIN_SEGMENTS) if lso4 else (0, 0, 0)
-    large6 = (ENCAPSULATION_8023, limits.LSO_MAX_SIZE, limits.LSO_MIN_SEGMENTS) if lso6 else (0, 0, 0)
-    out = struct.pack("<BBH", OBJECT_OFFLOAD, REVISION, OFFLOAD_SIZE)
-    out += struct.pack("<8I", *words)
-    out += bytes(16 + 28)
-    out += struct.pack("<7I", *large4, *large6, LSO_V6_OPTIONS if lso6 else 0)
-    out += bytes(4 + 32)
-    out += struct.pack("<BB2x", rsc4, rsc6)
-    return out.ljust(OFFLOAD_SIZE, b"\0")
+        flags = 0
+        if self.tcp6 & direction:
+            flags |= ndis.IPV6_CHECKSUM_TCP | ndis.IPV6_CHECKSUM_TCP_OPTIONS
+        flags |= ndis.IPV6_CHECKSUM_UDP if self.udp6 & direction else 0
+        return flags | ndis.IPV6_CHECKSUM_EXTENSION_HEADERS if flags else 0

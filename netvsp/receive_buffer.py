@@ -1,8 +1,8 @@
 """The receive buffer: guest memory in sub-allocations that the host fills and the guest gives back.
 
-Twin of ``native/netvsp/src/receive_buffer.rs``. One section at offset 0; sub-allocation i starts at i * size. A
-sub-allocation that has gone out belongs to the guest until its completion with the transaction id of the packet,
-which is the index of the packet's first sub-allocation.
+Twin of ``native/netvsp/src/receive_buffer.rs``. One section at offset 0; sub-allocation i starts at i *
+size. A sub-allocation that has gone out belongs to the guest until its completion with the transaction id
+of the packet, which is the index of the packet's first sub-allocation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ class ReceiveBufferError(ValueError):
 
 
 class ReceiveBuffer:
-    """Sub-allocations of ``size`` bytes; the last `CONTROL_RESERVE` free ones are for control messages only."""
+    """Sub-allocations of ``size`` bytes; the last `CONTROL_RESERVE` free ones are for control messages
+    only."""
 
     def __init__(self, view: BufferView, buffer_id: int, size: int, count: int) -> None:
         self.view = view
@@ -53,7 +54,8 @@ class ReceiveBuffer:
         return indices[0]
 
     def completed(self, transaction_id: int) -> int:
-        """The guest gave a packet's sub-allocations back; how many. Raises ReceiveBufferError if it held none."""
+        """The guest gave a packet's sub-allocations back; how many. Raises ReceiveBufferError if it
+        held none."""
         indices = self._held.pop(transaction_id, None)
         if indices is None:
             raise ReceiveBufferError(f"receive completion {transaction_id:#x} matches no packet sent")

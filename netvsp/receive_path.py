@@ -1,8 +1,9 @@
-"""What a frame becomes on its way to one guest: filtered, its offloads completed or passed on, as RNDIS messages.
+"""What a frame becomes on its way to one guest: filtered, its offloads completed or passed on, as RNDIS
+messages.
 
-Twin of ``native/netvsp/src/receive_path.rs``. Packet filter bits: ntddndis.h NDIS_PACKET_TYPE_*; receive checksum
-and packet-id information: NDIS_TCP_IP_CHECKSUM_NET_BUFFER_LIST_INFO, and the NVSP 6.1 receive segment coalescing of
-Linux ``drivers/net/hyperv`` (rndis_filter.c).
+Twin of ``native/netvsp/src/receive_path.rs``. Packet filter bits: ntddndis.h NDIS_PACKET_TYPE_*; receive
+checksum and packet-id information: NDIS_TCP_IP_CHECKSUM_NET_BUFFER_LIST_INFO, and the NVSP 6.1 receive
+segment coalescing of Linux ``drivers/net/hyperv`` (rndis_filter.c).
 """
 
 from __future__ import annotations
@@ -12,24 +13,15 @@ from dataclasses import dataclass, field
 
 from netvsp import checksum, limits
 from netvsp.rndis_data import (
-    RSC_FIRST,
-    RSC_LAST,
-    RSC_MULTIPLE,
     RX_IP_OK,
     RX_TCP_OK,
     RX_UDP_OK,
     RX_VALUE_INVALID,
     build_packet,
-    receive_info,
 )
 from vswitch.drops import DropReason
 from vswitch.endpoint import Checksum, Frame
-
-FILTER_DIRECTED = 0x0001
-FILTER_MULTICAST = 0x0002
-FILTER_ALL_MULTICAST = 0x0004
-FILTER_BROADCAST = 0x0008
-FILTER_PROMISCUOUS = 0x0020
+from vswitch_wire import ndis, rndis
 
 RX_IPV4 = 1
 RX_TCP4 = 2
@@ -81,13 +73,13 @@ def refusal(frame: Frame, settings: Settings) -> DropReason | None:
 def passes_filter(destination: bytes, settings: Settings) -> bool:
     """The packet filter; "multicast" takes every group, as a NIC that announces no multicast list does."""
     bits = settings.filter
-    if bits & FILTER_PROMISCUOUS:
+    if bits & ndis.NDIS_PACKET_TYPE_PROMISCUOUS:
         return True
     if destination == BROADCAST:
-        return bool(bits & FILTER_BROADCAST)
+        return bool(bits & ndis.NDIS_PACKET_TYPE_BROADCAST)
     if destination[0] & 1:
-        return bool(bits & (FILTER_MULTICAST | FILTER_ALL_MULTICAST))
-    return bool(bits & FILTER_DIRECTED) and destination == settings.address
+        return bool(bits & (ndis.NDIS_PACKET_TYPE_MULTICAST | ndis.NDIS_PACKET_TYPE_ALL_MULTICAST))
+    return bool(bits & ndis.NDIS_PACKET_TYPE_DIRECTED) and destination == settings.address
 
 
 def messages(frame: Frame, settings: Settings, counters: Counter[str]) -> Run | None:
@@ -95,34 +87,32 @@ def messages(frame: Frame, settings: Settings, counters: Counter[str]) -> Run | 
     offload = frame.offload
     if offload.mss:
         return _large(frame, settings, counters)
-    if offload.checksum is Checksum.NONE:
-        return Run([build_packet(receive_info(frame, 0), frame.data)])
-    transport = checksum.find_transport(frame.data)
-    if transport is None or not checksum.fits(len(frame.data), transport):
-        return None if offload.checksum is Checksum.PARTIAL else Run([build_packet(receive_info(frame, 0), frame.data)])
-    if transport.protocol not in (checksum.TCP, checksum.UDP):
-        return None if offload.checksum is Checksum.PARTIAL else Run([build_packet(receive_info(frame, 0), frame.data)])
+    transport = None
+    if offload.checksum is not Checksum.NONE:
+        transport = checksum.find_transport(frame.data)
+        if transport is not None and not checksum.is_tcp_or_udp(frame.data, transport):
+            transport = None
+    if transport is None:
+        # Nothing to vouch for is fine; a checksum to complete in a frame without one is not.
+        return None if offload.checksum is Checksum.PARTIAL else Run([build_packet(frame, frame.data)])
     flags = known_good(transport, settings.offload)
+    data = frame.data
     if offload.checksum is Checksum.PARTIAL:
         if flags:
             counters["checksums_passed_on"] += 1
             flags |= RX_VALUE_INVALID
         else:
-            data = bytearray(frame.data)
-            checksum.complete_transport_checksum(data, transport)
             counters["checksums_completed"] += 1
-            return Run([build_packet(receive_info(frame, 0), data)])
-    return Run([build_packet(receive_info(frame, flags), frame.data)])
+            data = bytearray(data)
+            checksum.complete_transport_checksum(data, transport)
+    return Run([build_packet(frame, data, flags)])
 
 
 def known_good(transport: checksum.Transport, enabled: int) -> int:
     """Receive checksum information for a verified TCP or UDP frame; 0 if the guest did not enable it."""
     tcp = transport.protocol == checksum.TCP
-    if transport.ip_version == 4:
-        needed = RX_TCP4 if tcp else RX_UDP4
-    else:
-        needed = RX_TCP6 if tcp else RX_UDP6
-    if not enabled & needed:
+    pair = (RX_TCP4, RX_UDP4) if transport.ip_version == 4 else (RX_TCP6, RX_UDP6)
+    if not enabled & pair[0 if tcp else 1]:
         return 0
     flags = RX_TCP_OK if tcp else RX_UDP_OK
     if transport.ip_version == 4 and enabled & RX_IPV4:
@@ -133,7 +123,7 @@ def known_good(transport: checksum.Transport, enabled: int) -> int:
 def _large(frame: Frame, settings: Settings, counters: Counter[str]) -> Run | None:
     """A large send: one coalesced run for a guest that takes RSC, else segments made in software."""
     transport = checksum.find_transport(frame.data)
-    if transport is None or transport.protocol != checksum.TCP or not checksum.fits(len(frame.data), transport):
+    if transport is None or transport.protocol != checksum.TCP:
         return None
     try:
         segments = checksum.segment(frame.data, transport, frame.offload.mss)
@@ -145,7 +135,7 @@ def _large(frame: Frame, settings: Settings, counters: Counter[str]) -> Run | No
         return _coalesced(frame, transport, segments, settings, counters)
     counters["large_sends_segmented"] += 1
     flags = known_good(transport, settings.offload)
-    return Run([build_packet(receive_info(frame, flags), piece) for piece in segments])
+    return Run([build_packet(frame, piece, flags) for piece in segments])
 
 
 def _coalesced(
@@ -166,11 +156,10 @@ def _coalesced(
     starts = [0, *range(first, len(whole), step)]
     for number, start in enumerate(starts):
         end = first if number == 0 else min(start + step, len(whole))
-        mark = RSC_MULTIPLE
-        mark |= RSC_FIRST if number == 0 else 0
-        mark |= RSC_LAST if end == len(whole) else 0
-        info = receive_info(frame, flags, packet_id=1 | mark << 8)
-        run.messages.append(build_packet(info, whole[start:end]))
+        mark = rndis.PacketId.MULTI_SUB_ALLOCATION
+        mark |= rndis.PacketId.FIRST_FRAGMENT if number == 0 else 0
+        mark |= rndis.PacketId.LAST_FRAGMENT if end == len(whole) else 0
+        run.messages.append(build_packet(frame, whole[start:end], flags, rndis.PacketId(mark, 0)))
     counters["large_sends_coalesced"] += 1
     return run
 

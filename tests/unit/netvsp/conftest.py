@@ -1,0 +1,25 @@
+"""Every test of the NIC runs with both engines."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+from scripted_guest import ScriptedGuest
+
+import vswitch_native
+
+ENGINES = [
+    "python",
+    pytest.param(
+        "native",
+        marks=pytest.mark.skipif(not vswitch_native.AVAILABLE, reason=f"native engine: {vswitch_native.WHY}"),
+    ),
+]
+
+
+@pytest.fixture(params=ENGINES)
+async def guest(request: pytest.FixtureRequest) -> AsyncIterator[ScriptedGuest]:
+    scripted = ScriptedGuest(request.param)
+    yield scripted
+    await scripted.close()
