@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from uuid import UUID
 
 from hypervisor.vmbus.device import ChannelRefused, OpenedChannel
+
 from netvsp import limits
 from netvsp.data_channel import DataChannel, open_data_channel
 from netvsp.handshake import Handshake, ProtocolError, Step
@@ -98,7 +99,9 @@ class SyntheticNic:
     async def open(self, channel: OpenedChannel) -> None:
         """The guest opened the channel. Raises ChannelRefused when its rings are unusable."""
         if channel.sub_channel_index:
-            raise ChannelRefused(f"NIC {self.name}: sub-channel {channel.sub_channel_index} was never offered")
+            raise ChannelRefused(
+                f"NIC {self.name}: sub-channel {channel.sub_channel_index} was never offered"
+            )
         if self._session is not None:
             raise ChannelRefused(f"NIC {self.name}: the channel is open already")
         try:

@@ -299,14 +299,21 @@ _QUERIES: dict[int, Callable[[Adapter], bytes]] = {
     ndis.OID_GEN_XMIT_ERROR: _counter("malformed"),
     ndis.OID_GEN_RCV_ERROR: _counter("receive_failures"),
     ndis.OID_GEN_RCV_NO_BUFFER: _counter("no_buffer"),
-    ndis.OID_GEN_FRIENDLY_NAME: lambda a: "Network Device".encode("utf-16-le").ljust(FRIENDLY_NAME_BYTES,
-    b"\0"), ndis.OID_GEN_BYTES_RCV: _counter("bytes_to_guest"), ndis.OID_GEN_BYTES_XMIT:
-    _counter("bytes_from_guest"), ndis.OID_802_3_PERMANENT_ADDRESS: lambda a: a.permanent_address,
-    ndis.OID_802_3_CURRENT_ADDRESS: lambda a: a.address, ndis.OID_802_3_MAXIMUM_LIST_SIZE: _constant(0),
-    ndis.OID_802_3_RCV_ERROR_ALIGNMENT: _constant(0), ndis.OID_802_3_XMIT_ONE_COLLISION: _constant(0),
-    ndis.OID_802_3_XMIT_MORE_COLLISIONS: _constant(0), ndis.OID_OFFLOAD_ENCAPSULATION: lambda a:
-    ndis.OffloadEncapsulation(1).pack(), ndis.OID_TCP_OFFLOAD_CURRENT_CONFIG: lambda a:
-    a.offload.current(), ndis.OID_TCP_OFFLOAD_HARDWARE_CAPABILITIES: lambda a: a.offload.hardware(), }
+    ndis.OID_GEN_FRIENDLY_NAME: lambda a: "Network Device".encode("utf-16-le").ljust(
+        FRIENDLY_NAME_BYTES, b"\0"
+    ),
+    ndis.OID_GEN_BYTES_RCV: _counter("bytes_to_guest"),
+    ndis.OID_GEN_BYTES_XMIT: _counter("bytes_from_guest"),
+    ndis.OID_802_3_PERMANENT_ADDRESS: lambda a: a.permanent_address,
+    ndis.OID_802_3_CURRENT_ADDRESS: lambda a: a.address,
+    ndis.OID_802_3_MAXIMUM_LIST_SIZE: _constant(0),
+    ndis.OID_802_3_RCV_ERROR_ALIGNMENT: _constant(0),
+    ndis.OID_802_3_XMIT_ONE_COLLISION: _constant(0),
+    ndis.OID_802_3_XMIT_MORE_COLLISIONS: _constant(0),
+    ndis.OID_OFFLOAD_ENCAPSULATION: lambda a: ndis.OffloadEncapsulation(1).pack(),
+    ndis.OID_TCP_OFFLOAD_CURRENT_CONFIG: lambda a: a.offload.current(),
+    ndis.OID_TCP_OFFLOAD_HARDWARE_CAPABILITIES: lambda a: a.offload.hardware(),
+}
 
 _SETTERS: dict[int, Callable[[Adapter, bytes], None]] = {
     ndis.OID_GEN_CURRENT_PACKET_FILTER: set_filter,
