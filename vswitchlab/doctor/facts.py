@@ -112,7 +112,9 @@ def gather(directory: Path | None = None) -> Facts:
 
 def _trial() -> tuple[Trial, str]:
     try:
-        done = subprocess.run([sys.executable, "-I", str(_PROBE)], capture_output=True, timeout=20, check=False)
+        done = subprocess.run(
+            [sys.executable, "-I", str(_PROBE)], capture_output=True, timeout=20, check=False
+        )
         outcome = json.loads(done.stdout or b"null")
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         return {}, f"the trial could not be run: {error}"
@@ -137,7 +139,9 @@ def _container() -> str:
         return "docker"
     if Path("/run/.containerenv").exists():
         return "podman"
-    return os.environ.get("container", "") or ("kubernetes" if "KUBERNETES_SERVICE_HOST" in os.environ else "")
+    return os.environ.get("container", "") or (
+        "kubernetes" if "KUBERNETES_SERVICE_HOST" in os.environ else ""
+    )
 
 
 def _seccomp_filtered() -> bool:
@@ -174,7 +178,9 @@ def run_dir_problem(directory: Path) -> str:
         parent = directory.parent
         while not parent.exists() and parent != parent.parent:
             parent = parent.parent
-        return "" if os.access(parent, os.W_OK | os.X_OK) else f"{parent} is not writable for uid {os.getuid()}"
+        return (
+            "" if os.access(parent, os.W_OK | os.X_OK) else f"{parent} is not writable for uid {os.getuid()}"
+        )
     info = directory.lstat()
     if not stat.S_ISDIR(info.st_mode):
         return "it is not a directory"

@@ -81,7 +81,11 @@ def _number(version: str) -> tuple[int, ...]:
 def _native(facts: Facts) -> Finding:
     if not facts.native_missing:
         return _ok("native_module", "the native engine is installed")
-    remedy = "run `make native`" if facts.cargo else "install a wheel of vswitch, or cargo (https://rustup.rs) and run `make native`"
+    remedy = (
+        "run `make native`"
+        if facts.cargo
+        else "install a wheel of vswitch, or cargo (https://rustup.rs) and run `make native`"
+    )
     return Finding(
         "native_module",
         Level.WARNING,
@@ -165,7 +169,10 @@ def _tap(facts: Facts) -> Finding:
         return _ok(check, "a TAP can be made in a guest's namespace")
     if not facts.tun_exists or outcome == "ENOENT":
         if facts.container:
-            cause, remedy = "there is no /dev/net/tun in this container", "start it with `--device /dev/net/tun`"
+            cause, remedy = (
+                "there is no /dev/net/tun in this container",
+                "start it with `--device /dev/net/tun`",
+            )
         else:
             cause = "there is no /dev/net/tun"
             remedy = "sudo modprobe tun"
@@ -182,7 +189,9 @@ def _tap(facts: Facts) -> Finding:
         cause = f"making a TAP is refused ({outcome})"
         remedy = "ask what forbids `unshare -Urn ip tuntap add tap0 mode tap` on this machine"
     if facts.trial.get("veth") == facts.trial.get("packet_socket") == "ok":
-        cost = "guests use a veth pair instead: without checksum and segmentation offload, several times slower"
+        cost = (
+            "guests use a veth pair instead: without checksum and segmentation offload, several times slower"
+        )
         return Finding(check, Level.WARNING, f"{cause}; {cost}", remedy)
     veth = facts.trial.get("veth", "not tried")
     return Finding(check, Level.ERROR, f"{cause}, and a veth pair cannot be made either ({veth})", remedy)
@@ -220,7 +229,9 @@ def _daemon(facts: Facts) -> Finding:
     if facts.daemon_answers:
         return _ok("daemon", "a daemon answers")
     if facts.leftovers:
-        kinds = ", ".join(f"{each.what} {each.name}".strip() + f" (pid {each.pid})" for each in facts.leftovers[:5])
+        kinds = ", ".join(
+            f"{each.what} {each.name}".strip() + f" (pid {each.pid})" for each in facts.leftovers[:5]
+        )
         more = f" and {len(facts.leftovers) - 5} more" if len(facts.leftovers) > 5 else ""
         pids = " ".join(str(each.pid) for each in facts.leftovers)
         return Finding(
