@@ -43,10 +43,9 @@ class _Resolver:
         if self.problems:
             raise LabFileError(self.problems)
         self._number(drafts, {switch.name: switch for switch in switches})
-        self._ports(drafts)
         if self.problems:
             raise LabFileError(self.problems)
-        nics = {guest: tuple(draft.nic() for draft in each) for guest, each in drafts.items()}
+        nics = {guest: tuple(draft.nic(guest) for draft in each) for guest, each in drafts.items()}
         guests = tuple(
             Guest(
                 guest,
@@ -116,11 +115,8 @@ class _Resolver:
             body: dict[str, Any] = {"file": each} if isinstance(each, str) else each
             here: Path = (*path, index) if isinstance(each, str) else (*path, index, "file")
             file = (self.source.directory / body["file"]).resolve()
-            name = (
-                body.get("name")
-                or re.sub(r"[^a-z0-9-]+", "-", file.stem.lower()).strip("-0123456789")
-                or "extension"
-            )
+            stem = re.sub(r"[^a-z0-9_-]+", "-", file.stem.lower()).strip("-_0123456789")[:63]
+            name = body.get("name") or stem or "extension"
             if not file.is_file():
                 near = did_you_mean(file.name, (each.name for each in file.parent.glob("*.py")))
                 remedy = near or "paths are seen from the lab file's folder"
@@ -265,23 +261,6 @@ class _Resolver:
                 return ip_interface(f"{host}/{network.prefixlen}")
         return None
 
-    def _ports(self, drafts: dict[str, list[_Draft]]) -> None:
-        """A port is named after its guest; further NICs of a guest on the same switch add their name."""
-        used: dict[tuple[str, str], str] = {}
-        for guest, each in drafts.items():
-            seen: set[str] = set()
-            for draft in each:
-                port = guest if draft.switch not in seen else f"{guest}-{draft.name}"
-                seen.add(draft.switch)
-                if (draft.switch, port) in used:
-                    other = used[draft.switch, port]
-                    what = (
-                        f'its port on switch {draft.switch} would be "{port}", which is that of guest {other}'
-                    )
-                    self._bad(draft.path, what, "rename one of the guests")
-                used[draft.switch, port] = guest
-                draft.port = port
-
     def _commands(self, guest: str) -> tuple[tuple[str, ...], ...]:
         raw = self._guest(guest).get("commands", [])
         return tuple(("sh", "-c", each) if isinstance(each, str) else tuple(each) for each in raw)
@@ -290,17 +269,16 @@ class _Resolver:
 class _Draft:
     """A NIC on its way to being resolved."""
 
-    __slots__ = ("addresses", "gateway", "mac", "mtu", "name", "path", "port", "switch")
+    __slots__ = ("addresses", "gateway", "mac", "mtu", "name", "path", "switch")
 
     def __init__(self, path: Path, name: str, switch: str, mac: str, mtu: int) -> None:
         self.path, self.name, self.switch, self.mac, self.mtu = path, name, switch, mac, mtu
         self.addresses: list[Address] | None = None
         self.gateway: Gateway | None = None
-        self.port = ""
 
-    def nic(self) -> Nic:
+    def nic(self, guest: str) -> Nic:
         addresses = tuple(self.addresses or ())
-        return Nic(self.name, self.switch, self.port, self.mac, addresses, self.gateway, self.mtu)
+        return Nic(self.name, self.switch, f"{guest}-{self.name}", self.mac, addresses, self.gateway, self.mtu)
 
 
 def _hosts(guest: str, nics: dict[str, tuple[Nic, ...]]) -> dict[str, tuple[str, ...]]:

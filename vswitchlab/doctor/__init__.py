@@ -1,4 +1,4 @@
-"""`vswitch doctor`: tries what guests need, and says in one line each what is missing, why, and what mends it."""
+"""`vswitch doctor`: tries what guests need, and says of each lack its cause and what mends it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""What the doctor knows before it judges: sysctls, the outcome of real trials, versions, what is left of old runs."""
+"""What the doctor knows before it judges: sysctls, outcomes of real trials, versions, leftovers."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -139,7 +140,8 @@ def _container() -> str:
         return "docker"
     if Path("/run/.containerenv").exists():
         return "podman"
-    return os.environ.get("container", "") or (
+    return os.environ.get("container", "")  # noqa: SIM112 - systemd's name for it
+ or (
         "kubernetes" if "KUBERNETES_SERVICE_HOST" in os.environ else ""
     )
 
@@ -173,7 +175,8 @@ def _versions() -> tuple[dict[str, str], tuple[str, ...]]:
 def run_dir_problem(directory: Path) -> str:
     """Why the daemon would refuse `directory`, or an empty text."""
     if len(os.fsencode(directory)) > 70:
-        return f"the path is {len(os.fsencode(directory))} bytes long; socket paths in it would pass the kernel's 107"
+        length = len(os.fsencode(directory))
+        return f"the path is {length} bytes long; socket paths in it would pass the kernel's 107"
     if not os.path.lexists(directory):
         parent = directory.parent
         while not parent.exists() and parent != parent.parent:
@@ -202,7 +205,7 @@ def _answers(path: Path) -> bool:
 
 
 def _leftovers(directory: Path) -> tuple[Leftover, ...]:
-    """Processes of this user that belong to `directory` (told by their environment) though no daemon answers there."""
+    """Processes of this user that name `directory` on their command line though no daemon answers there."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
@@ -222,7 +225,7 @@ def _leftovers(directory: Path) -> tuple[Leftover, ...]:
 
 def _kind(words: list[str]) -> str:
     modules = {"netvsc": "guest", "vswitchd": "daemon", "vswitch.extension.host": "extension"}
-    for flag, module in zip(words, words[1:], strict=False):
+    for flag, module in itertools.pairwise(words):
         if flag == "-m" and module in modules:
             return modules[module]
     return ""

@@ -1,7 +1,7 @@
-"""Run by path in a process of its own: does what a netns guest does, step by step, and prints each outcome as JSON.
+"""Run by path as a process of its own: does what a netns guest does, step by step; prints outcomes as JSON.
 
-Standard library only, and nothing of ours, so that it runs under `python -I` whatever else is broken. Each value
-printed is "ok" or the name of the errno. Leaves nothing behind: everything lives in the namespaces of its child.
+Standard library only, and nothing of ours, so that it runs under `python -I` whatever else is broken. Each
+value printed is "ok" or the name of the errno. Leaves nothing behind: all of it lives in its own namespaces.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """The doctor names cause and remedy: each cause by injected facts, and one real run on this machine."""
 
+# ruff: noqa: E501 - a table of cases, one cause each
+
 from __future__ import annotations
 
 import errno
@@ -45,7 +47,7 @@ WELL = Facts(
 
 
 def trial(**steps: str) -> dict[str, str]:
-    """The outcome of a trial that goes well but for `steps`; what follows a refused namespace was not tried."""
+    """A trial that goes well but for `steps`; what follows a refused namespace was not tried."""
     result: dict[str, str] = {}
     for step in STEPS:
         result[step] = steps.get(step, "ok")
@@ -124,7 +126,7 @@ CASES = [
      "set VSWITCH_RUN_DIR to a directory of your own with mode 0700"),
     ("daemon", replace(WELL, leftovers=(Leftover(41, "guest", "a"), Leftover(43, "extension", ""))), Level.WARNING,
      "no daemon answers, but its processes are there: guest a (pid 41), extension (pid 43)",
-     "`vswitch daemon start` takes guests over; `kill 41 43` ends them (guests end by themselves in 30 s)"),
+     "`vswitch daemon start` takes guests over, `kill 41 43` ends them; guests end by themselves in 30 s"),
     ("daemon", replace(WELL, stale_sockets=("/run/x/api.sock",)), Level.WARNING,
      "a socket of an earlier one is left: /run/x/api.sock", "nothing: the next daemon replaces it"),
     ("open_files", replace(WELL, open_files=64), Level.WARNING, "only 64 files may be open", "ulimit -n 4096"),

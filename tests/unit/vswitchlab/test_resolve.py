@@ -24,7 +24,7 @@ def test_two_names_are_a_whole_lab() -> None:
     assert [str(address) for address in a.nics[0].addresses] == ["10.77.0.1/24", "fd77::1/64"]
     assert [str(address) for address in b.nics[0].addresses] == ["10.77.0.2/24", "fd77::2/64"]
     assert a.hosts == b.hosts == {"a": ("10.77.0.1", "fd77::1"), "b": ("10.77.0.2", "fd77::2")}
-    assert (a.nics[0].name, a.nics[0].port, a.nics[0].mtu) == ("eth0", "a", 1500)
+    assert (a.nics[0].name, a.nics[0].port, a.nics[0].mtu) == ("eth0", "a-eth0", 1500)
     assert lab.name == "two"
 
 
