@@ -1,7 +1,7 @@
-"""Brings labs up and down through the API. What belongs to a lab is told by the label `lab` on it, and nothing else.
+"""Brings labs up and down through the API. What belongs to a lab is told by the label `lab` on it alone.
 
-`up` either succeeds or takes back what it made. `down` takes away what carries the label, in an order in which
-nothing is in use, and may be run again after any failure.
+`up` either succeeds or takes back what it made. `down` takes away what carries the label, in an order in
+which nothing is in use, and may be run again after any failure.
 """
 
 from __future__ import annotations
@@ -24,7 +24,17 @@ from vswitchlab.problems import did_you_mean
 from vswitchlab.progress import Silent
 from vswitchlab.topology import Guest, Lab, Switch
 
-__all__ = ["LabError", "RunningLab", "down", "ensure_daemon", "find", "find_guest", "running", "stop_idle_daemon", "up"]
+__all__ = [
+    "LabError",
+    "RunningLab",
+    "down",
+    "ensure_daemon",
+    "find",
+    "find_guest",
+    "running",
+    "stop_idle_daemon",
+    "up",
+]
 
 LABEL = "lab"
 FILE_LABEL = "lab-file"
@@ -96,7 +106,9 @@ async def find_guest(client: AsyncClient, guest: str, lab: str | None = None) ->
     return partitions[guest]
 
 
-async def ensure_daemon(client: AsyncClient, engine: str | None, report: Silent) -> daemon_pb2.GetInfoResponse:
+async def ensure_daemon(
+    client: AsyncClient, engine: str | None, report: Silent
+) -> daemon_pb2.GetInfoResponse:
     """The daemon that `client` talks to; starts this user's when none answers."""
     try:
         return await client.get_info()
@@ -183,7 +195,9 @@ async def _make_switch(client: AsyncClient, lab: Lab, switch: Switch, report: Si
         try:
             source = extension.file.read_bytes()
         except OSError as error:
-            raise LabError(f"extension {extension.name}: cannot read {extension.file}: {error.strerror}") from None
+            raise LabError(
+                f"extension {extension.name}: cannot read {extension.file}: {error.strerror}"
+            ) from None
         await client.load_extension(
             switch.name,
             extension.name,
@@ -222,7 +236,7 @@ def _start_of(client: AsyncClient, lab: Lab, guest: Guest, report: Silent) -> Ca
 
 
 async def _each(actions: Iterable[Callable[[], Awaitable[None]]]) -> None:
-    """Runs all, a few at a time; the first error stops what has not begun and is raised when the rest has ended."""
+    """Runs all, a few at a time; the first error stops what has not begun and is raised at the end."""
     gate = asyncio.Semaphore(STARTS_AT_ONCE)
     failed: list[BaseException] = []
 
@@ -285,6 +299,6 @@ async def _gone_is_fine(call: Awaitable[None]) -> None:
             raise
 
 
-def engine_name(value: int) -> str:
+def engine_name(value: common_pb2.Engine.ValueType) -> str:
     """`native`, `python` or an empty text."""
     return {common_pb2.ENGINE_NATIVE: "native", common_pb2.ENGINE_PYTHON: "python"}.get(value, "")

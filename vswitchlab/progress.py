@@ -1,4 +1,4 @@
-"""Tells the user what goes on: a bar on a terminal, plain numbered lines everywhere else. Writes to stderr."""
+"""Tells the user what goes on: a bar on a terminal, plain numbered lines elsewhere. Writes to stderr."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 __all__ = ["Reporter", "Silent"]
 

@@ -278,7 +278,9 @@ class _Draft:
 
     def nic(self, guest: str) -> Nic:
         addresses = tuple(self.addresses or ())
-        return Nic(self.name, self.switch, f"{guest}-{self.name}", self.mac, addresses, self.gateway, self.mtu)
+        return Nic(
+            self.name, self.switch, f"{guest}-{self.name}", self.mac, addresses, self.gateway, self.mtu
+        )
 
 
 def _hosts(guest: str, nics: dict[str, tuple[Nic, ...]]) -> dict[str, tuple[str, ...]]:

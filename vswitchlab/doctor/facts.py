@@ -140,10 +140,8 @@ def _container() -> str:
         return "docker"
     if Path("/run/.containerenv").exists():
         return "podman"
-    return os.environ.get("container", "")  # noqa: SIM112 - systemd's name for it
- or (
-        "kubernetes" if "KUBERNETES_SERVICE_HOST" in os.environ else ""
-    )
+    told = os.environ.get("container", "")  # noqa: SIM112 - systemd's name for it
+    return told or ("kubernetes" if "KUBERNETES_SERVICE_HOST" in os.environ else "")
 
 
 def _seccomp_filtered() -> bool:

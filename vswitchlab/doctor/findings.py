@@ -238,7 +238,7 @@ def _daemon(facts: Facts) -> Finding:
             "daemon",
             Level.WARNING,
             f"no daemon answers, but its processes are there: {kinds}{more}",
-            f"`vswitch daemon start` takes guests over, `kill {pids}` ends them; guests end by themselves in 30 s",
+            f"`vswitch daemon start` takes guests over, `kill {pids}` ends them; guests also end after 30 s",
         )
     if facts.stale_sockets:
         text = f"no daemon answers; a socket of an earlier one is left: {', '.join(facts.stale_sockets)}"

@@ -126,7 +126,7 @@ CASES = [
      "set VSWITCH_RUN_DIR to a directory of your own with mode 0700"),
     ("daemon", replace(WELL, leftovers=(Leftover(41, "guest", "a"), Leftover(43, "extension", ""))), Level.WARNING,
      "no daemon answers, but its processes are there: guest a (pid 41), extension (pid 43)",
-     "`vswitch daemon start` takes guests over, `kill 41 43` ends them; guests end by themselves in 30 s"),
+     "`vswitch daemon start` takes guests over, `kill 41 43` ends them; guests also end after 30 s"),
     ("daemon", replace(WELL, stale_sockets=("/run/x/api.sock",)), Level.WARNING,
      "a socket of an earlier one is left: /run/x/api.sock", "nothing: the next daemon replaces it"),
     ("open_files", replace(WELL, open_files=64), Level.WARNING, "only 64 files may be open", "ulimit -n 4096"),

@@ -1,0 +1,96 @@
+"""Reads the demo's own capture back with dpkt, a decoder that is not ours, and builds the frames to trace."""
+
+from __future__ import annotations
+
+import io
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import dpkt
+from dpkt import pcapng
+
+__all__ = ["Sighting", "echo", "frame_to", "read", "syn_to"]
+
+OPT_EPB_FLAGS = 2
+OPT_EPB_PACKETID = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """One packet as seen at one port. `comment` is empty unless it was dropped."""
+
+    interface: str
+    direction: str
+    packet_id: int
+    comment: str
+    frame: bytes
+
+
+def read(data: bytes) -> list[Sighting]:
+    """Every packet block of a pcapng file. Raises dpkt's errors where it is malformed."""
+    reader = pcapng.Reader(io.BytesIO(data))
+    count = sum(1 for _ in reader)
+    sightings = list(_blocks(data))
+    if count != len(sightings):
+        raise ValueError(f"dpkt's reader finds {count} packets, its blocks are {len(sightings)}")
+    return sightings
+
+
+def _blocks(data: bytes) -> Iterator[Sighting]:
+    names: list[str] = []
+    offset = 0
+    while offset < len(data):
+        kind, length = struct.unpack_from("<II", data, offset)
+        block = data[offset : offset + length]
+        offset += length
+        if kind == pcapng.PCAPNG_BT_IDB:
+            options = {each.code: each.data for each in pcapng.InterfaceDescriptionBlockLE(block).opts}
+            names.append(options.get(pcapng.PCAPNG_OPT_IF_NAME, b"").decode())
+        elif kind == pcapng.PCAPNG_BT_EPB:
+            packet = pcapng.EnhancedPacketBlockLE(block)
+            options = {each.code: each.data for each in packet.opts}
+            flags = struct.unpack("<I", options.get(OPT_EPB_FLAGS, bytes(4)))[0]
+            yield Sighting(
+                names[packet.iface_id],
+                {1: "in", 2: "out"}.get(flags & 3, ""),
+                struct.unpack("<Q", options.get(OPT_EPB_PACKETID, bytes(8)))[0],
+                options.get(pcapng.PCAPNG_OPT_COMMENT, b"").decode(),
+                bytes(packet.pkt_data),
+            )
+
+
+def echo(sighting: Sighting) -> tuple[int, int, int] | None:
+    """(type, identifier, sequence) of an ICMP echo request (8) or reply (0), else None."""
+    packet = dpkt.ethernet.Ethernet(sighting.frame).data
+    if isinstance(packet, dpkt.ip.IP) and isinstance(packet.data, dpkt.icmp.ICMP):
+        message = packet.data
+        if message.type in (dpkt.icmp.ICMP_ECHO, dpkt.icmp.ICMP_ECHOREPLY):
+            return message.type, message.data.id, message.data.seq
+    return None
+
+
+def syn_to(sighting: Sighting) -> int | None:
+    """The destination port of a TCP SYN (without ACK), else None."""
+    packet = dpkt.ethernet.Ethernet(sighting.frame).data
+    if isinstance(packet, dpkt.ip.IP) and isinstance(packet.data, dpkt.tcp.TCP):
+        segment = packet.data
+        if segment.flags & (dpkt.tcp.TH_SYN | dpkt.tcp.TH_ACK) == dpkt.tcp.TH_SYN:
+            return int(segment.dport)
+    return None
+
+
+def frame_to(source_mac: str, target_mac: str, source: str, target: str, dport: int) -> bytes:
+    """A TCP SYN as a guest would send it."""
+    segment = dpkt.tcp.TCP(sport=40000, dport=dport, seq=1, flags=dpkt.tcp.TH_SYN, win=64240)
+    packet = dpkt.ip.IP(
+        src=socket.inet_aton(source),
+        dst=socket.inet_aton(target),
+        p=dpkt.ip.IP_PROTO_TCP,
+        ttl=64,
+        data=segment,
+    )
+    packet.len = len(packet)
+    mac = [bytes.fromhex(each.replace(":", "")) for each in (target_mac, source_mac)]
+    return bytes(dpkt.ethernet.Ethernet(dst=mac[0], src=mac[1], type=dpkt.ethernet.ETH_TYPE_IP, data=packet))
