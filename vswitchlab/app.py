@@ -21,6 +21,7 @@ from vswitchctl.client import VswitchError
 from vswitchctl.launch import LaunchError
 from vswitchlab import graph as pictures
 from vswitchlab import lifecycle, show, terminal
+from vswitchlab.guests import environment
 from vswitchlab.lifecycle import LabError
 from vswitchlab.problems import LabFileError
 from vswitchlab.progress import Reporter
@@ -95,6 +96,10 @@ def _fail(message: str, remedy: str = "", status: int = 1) -> NoReturn:
     if remedy:
         sys.stderr.write(f"remedy: {remedy}\n")
     raise typer.Exit(status)
+
+
+def _count(number: int, word: str, ending: str = "s") -> str:
+    return f"{number} {word}{ending if number != 1 else ''}"
 
 
 def _lab(file: Path | None) -> Lab:
@@ -211,7 +216,7 @@ def lab_ping(
     async def act(client: AsyncClient) -> int:
         partition = await lifecycle.find_guest(client, source, lab)
         argv = [sys.executable, "-m", "netvsc.probe", "ping", target, *options]
-        return await terminal.run(client, names.leaf(partition.name), argv)
+        return await terminal.run(client, names.leaf(partition.name), argv, environment())
 
     raise typer.Exit(_run(act))
 
@@ -232,7 +237,12 @@ def lab_validate(file: FileArgument = None, output: OutputOption = Output.TABLE)
     lab = _lab(file)
     if output is Output.TABLE:
         nics = sum(len(guest.nics) for guest in lab.guests)
-        counts = f"{len(lab.switches)} switches, {len(lab.guests)} guests, {nics} NICs"
+        parts = (
+            _count(len(lab.switches), "switch", "es"),
+            _count(len(lab.guests), "guest"),
+            _count(nics, "NIC"),
+        )
+        counts = ", ".join(parts)
         typer.echo(f"{lab.file} is a valid lab: {lab.name}, {counts}\nnext: vswitch lab up {lab.file}")
     else:
         show.emit(output, lab.as_dict(), (), ())

@@ -9,7 +9,7 @@ import signal
 import sys
 import termios
 import tty
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from vswitchctl.aio import AsyncClient, ExecStream
 
@@ -18,7 +18,9 @@ __all__ = ["run"]
 CHUNK = 65536
 
 
-async def run(client: AsyncClient, partition: str, argv: Sequence[str]) -> int:
+async def run(
+    client: AsyncClient, partition: str, argv: Sequence[str], env: Mapping[str, str] | None = None
+) -> int:
     """Runs `argv` in `partition`; its exit status, or 128 + the signal that ended it, as a shell reports it.
 
     With a terminal on both sides of this process the command gets one of its own and keys go to it unchanged.
@@ -26,7 +28,7 @@ async def run(client: AsyncClient, partition: str, argv: Sequence[str]) -> int:
     interactive = os.isatty(0) and os.isatty(1)
     size = os.get_terminal_size() if interactive else None
     terminal = (size.lines, size.columns) if size else None
-    async with client.exec(partition, argv, terminal=terminal) as command:
+    async with client.exec(partition, argv, env=env, terminal=terminal) as command:
         with _raw_keys() if interactive else contextlib.nullcontext(), _signals(command, interactive):
             feeder = asyncio.create_task(_feed(command))
             try:

@@ -10,8 +10,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from vswitchctl import names
-from vswitchlab import lifecycle, processes
-from vswitchlab.demo import packets
+from vswitchlab import lifecycle, packets, processes
 from vswitchlab.demo.stage import CheckFailed, Stage, expect
 from vswitchlab.progress import Silent
 from vswitchlab.shipped import example

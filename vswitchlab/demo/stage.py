@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import vswitchctl
 from vswitchctl.aio import AsyncClient, CompletedExec
 from vswitchctl.launch import DaemonProcess
 from vswitchlab import processes
+from vswitchlab.guests import environment
 from vswitchlab.topology import Guest, Lab
 
 __all__ = ["Check", "CheckFailed", "Stage", "expect"]
@@ -90,8 +89,9 @@ class Stage:
 
     async def run(self, guest: Guest, argv: Sequence[str], seconds: float = 20.0) -> CompletedExec:
         """Runs a Python command line in a guest: `-m module ...` or `-c source ...`."""
-        environment = {"PYTHONPATH": _search_path()}
-        return await self.client.run_in(guest.name, [sys.executable, *argv], env=environment, timeout=seconds)
+        return await self.client.run_in(
+            guest.name, [sys.executable, *argv], env=environment(), timeout=seconds
+        )
 
     async def run_json(self, guest: Guest, argv: Sequence[str], seconds: float = 20.0) -> dict[str, Any]:
         """As `run`, for commands whose last line of output is a JSON object."""
@@ -110,14 +110,15 @@ class Stage:
     @contextlib.asynccontextmanager
     async def listening(self, guest: Guest, argv: Sequence[str]) -> AsyncIterator[asyncio.Future[bytes]]:
         """A server in a guest: entered at its first line of output; the future is all that it prints."""
-        environment = {"PYTHONPATH": _search_path()}
         finished: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         ready = asyncio.Event()
 
         async def serve() -> None:
             output = bytearray()
             try:
-                async with self.client.exec(guest.name, [sys.executable, *argv], env=environment) as command:
+                async with self.client.exec(
+                    guest.name, [sys.executable, *argv], env=environment()
+                ) as command:
                     async for response in command:
                         if response.WhichOneof("message") in ("stdout", "stderr"):
                             output += response.stdout or response.stderr
@@ -160,9 +161,3 @@ class Stage:
                 await asyncio.sleep(0.3)
                 await self.client.stop_capture(name)
                 await asyncio.wait_for(task, 10)
-
-
-def _search_path() -> str:
-    """Where guests find our packages: the folder that this process has them from."""
-    root = str(Path(vswitchctl.__file__).resolve().parent.parent)
-    return os.pathsep.join([root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])

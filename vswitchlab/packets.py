@@ -1,4 +1,4 @@
-"""Reads the demo's own capture back with dpkt, a decoder that is not ours, and builds the frames to trace."""
+"""Reads our captures back with dpkt, a decoder that is not ours, and builds frames to trace."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import dpkt
 from dpkt import pcapng
 
-__all__ = ["Sighting", "echo", "frame_to", "read", "syn_to"]
+__all__ = ["Sighting", "echo", "frame_to", "read", "summary", "syn_to"]
 
 OPT_EPB_FLAGS = 2
 OPT_EPB_PACKETID = 5
@@ -94,3 +94,37 @@ def frame_to(source_mac: str, target_mac: str, source: str, target: str, dport: 
     packet.len = len(packet)
     mac = [bytes.fromhex(each.replace(":", "")) for each in (target_mac, source_mac)]
     return bytes(dpkt.ethernet.Ethernet(dst=mac[0], src=mac[1], type=dpkt.ethernet.ETH_TYPE_IP, data=packet))
+
+
+def summary(sighting: Sighting) -> str:
+    """One line for people: where, which way, who to whom, what; and why it was dropped."""
+    where = f"{sighting.interface} {sighting.direction or '-'}"
+    try:
+        text = _what(dpkt.ethernet.Ethernet(sighting.frame))
+    except (dpkt.UnpackError, IndexError):
+        text = f"malformed, {len(sighting.frame)} bytes"
+    return f"{where}: {text}" + (f" [{sighting.comment}]" if sighting.comment else "")
+
+
+def _what(frame: dpkt.ethernet.Ethernet) -> str:
+    packet = frame.data
+    if isinstance(packet, dpkt.arp.ARP):
+        word = "request" if packet.op == dpkt.arp.ARP_OP_REQUEST else "reply"
+        return f"ARP {word} {socket.inet_ntoa(packet.spa)} asks for {socket.inet_ntoa(packet.tpa)}"
+    if isinstance(packet, dpkt.ip.IP | dpkt.ip6.IP6):
+        family = socket.AF_INET if isinstance(packet, dpkt.ip.IP) else socket.AF_INET6
+        source, target = (socket.inet_ntop(family, each) for each in (packet.src, packet.dst))
+        inner = packet.data
+        if isinstance(inner, dpkt.tcp.TCP | dpkt.udp.UDP):
+            source, target = f"{source}:{inner.sport}", f"{target}:{inner.dport}"
+        name = type(inner).__name__ if not isinstance(inner, bytes) else f"protocol {packet.p}"
+        detail = ""
+        if isinstance(inner, dpkt.icmp.ICMP):
+            detail = f" type {inner.type}"
+            if isinstance(inner.data, dpkt.icmp.ICMP.Echo):
+                detail += f" id {inner.data.id} seq {inner.data.seq}"
+        elif isinstance(inner, dpkt.tcp.TCP):
+            names = "FIN SYN RST PSH ACK URG".split()
+            detail = " " + "+".join(each for bit, each in enumerate(names) if inner.flags >> bit & 1)
+        return f"{name}{detail} {source} -> {target}, {len(bytes(frame))} bytes"
+    return f"type 0x{frame.type:04x}, {len(bytes(frame))} bytes"
