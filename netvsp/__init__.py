@@ -1,4 +1,4 @@
-"""The host end of a synthetic NIC: NVSP, RNDIS, OIDs, and the data channel between a guest's rings and a switch port."""
+"""The host end of a synthetic NIC: NVSP, RNDIS, OIDs, the data channel."""
 
 from __future__ import annotations
 

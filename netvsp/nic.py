@@ -1,11 +1,12 @@
-"""The synthetic NIC: what VMBus offers to a guest, and what connects the guest's channel to a switch port.
+"""The synthetic NIC: what VMBus offers to a guest, connected to a switch port.
 
-Life cycle: made with the port it is plugged into, offered by the partition's VMBus server. Each time the guest
-opens the channel a session starts from nothing (handshake, RNDIS, buffers); only link state, MTU and the configured
-address outlive it. Closing detaches the port first, so that nothing touches guest memory when `close` returns.
+Life cycle: made with the port it is plugged into, offered by the partition's VMBus server. Each time the
+guest opens the channel a session starts from nothing (handshake, RNDIS, buffers); only link state, MTU and
+the configured address outlive it. Closing detaches the port first, so that nothing touches guest memory when
+`close` returns.
 
-Threads: everything here runs on the event loop; with the native engine the data channel's other half runs on the
-switch's worker and hands whole control messages over through `control_fd`.
+Threads: everything here runs on the event loop; with the native engine the data channel's other half runs
+on the switch's worker and hands whole control messages over through `control_fd`.
 """
 
 from __future__ import annotations
@@ -259,7 +260,7 @@ class _Session:
                 self.opened.release_gpadl(gpadl)
 
     def _gpadl(self, gpadl_id: int) -> GpaRange:
-        pages = self.opened.gpadl(gpadl_id)
+        pages: GpaRange = self.opened.gpadl(gpadl_id)
         receive = self.handshake.step is Step.RECEIVE_BUFFER_SET
         self._gpadls[b"receive" if receive else b"send"] = gpadl_id
         return pages

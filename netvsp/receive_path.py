@@ -156,9 +156,9 @@ def _coalesced(
     starts = [0, *range(first, len(whole), step)]
     for number, start in enumerate(starts):
         end = first if number == 0 else min(start + step, len(whole))
-        mark = rndis.PacketId.MULTI_SUB_ALLOCATION
-        mark |= rndis.PacketId.FIRST_FRAGMENT if number == 0 else 0
-        mark |= rndis.PacketId.LAST_FRAGMENT if end == len(whole) else 0
+        mark = rndis.PACKET_ID_MULTI_SUB_ALLOCATION
+        mark |= rndis.PACKET_ID_FIRST_FRAGMENT if number == 0 else 0
+        mark |= rndis.PACKET_ID_LAST_FRAGMENT if end == len(whole) else 0
         run.messages.append(build_packet(frame, whole[start:end], flags, rndis.PacketId(mark, 0)))
     counters["large_sends_coalesced"] += 1
     return run

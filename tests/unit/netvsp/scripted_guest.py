@@ -1,5 +1,4 @@
-"""A scripted guest for the NIC's tests: real memfds, real rings and eventfds, messages spelled out by
-the test."""
+"""A scripted guest for the tests of the NIC: real memfds, rings and eventfds; the test spells the messages."""
 
 from __future__ import annotations
 
@@ -10,6 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from hypervisor.vmbus.device import OpenedChannel
+
 from netvsp.nic import SyntheticNic
 from vswitch.drops import DropReason
 from vswitch.endpoint import Frame
@@ -148,9 +148,12 @@ class ScriptedGuest:
         """Sends an in-band NVSP message that asks for a completion; the completion's payload."""
         transaction_id = self.inband(payload)
         await self.pump()
-        answers = [p for p in self.inbox if p.type == packet.VM_PKT_COMP and p.transaction_id ==
-        transaction_id] self.inbox = [p for p in self.inbox if p not in answers] assert len(answers) == 1,
-        f"{len(answers)} completions, faults {self.faults}" return answers[0].payload
+        answers = [
+            p for p in self.inbox if p.type == packet.VM_PKT_COMP and p.transaction_id == transaction_id
+        ]
+        self.inbox = [p for p in self.inbox if p not in answers]
+        assert len(answers) == 1, f"{len(answers)} completions, faults {self.faults}"
+        return answers[0].payload
 
     # RNDIS.
 
@@ -158,14 +161,23 @@ class ScriptedGuest:
         self.memory.write(SEND_PAGE * PAGE + index * SECTION, data)
 
     def send_rndis(
-        self, message: bytes, *, channel_type: int = 0, section: int = 0, size: int | None = None, ask:
-        bool = True ) -> int: """A 107 whose message lies in a send section."""
+        self,
+        message: bytes,
+        *,
+        channel_type: int = 0,
+        section: int = 0,
+        size: int | None = None,
+        ask: bool = True,
+    ) -> int:
+        """A 107 whose message lies in a send section."""
         self.put_section(section, message)
         body = nvsp.SendRndisPacket(channel_type, section, len(message) if size is None else size)
         return self.inband(body.pack(32), ask=ask)
 
-    def send_direct(self, message: bytes, *, pieces: int = 1, section_bytes: int = 0, channel_type: int =
-    0) -> int: """A 107 by GPA ranges, its first `section_bytes` in send section 0."""
+    def send_direct(
+        self, message: bytes, *, pieces: int = 1, section_bytes: int = 0, channel_type: int = 0
+    ) -> int:
+        """A 107 by GPA ranges, its first `section_bytes` in send section 0."""
         index = nvsp.NVSP_INVALID_SECTION_INDEX
         if section_bytes:
             index = 0
@@ -246,8 +258,14 @@ class ScriptedGuest:
     # Whole handshakes.
 
     async def negotiate(
-        self, version: int = nvsp.NvspVersion.V61, *, mtu: int = 1514, capabilities: int = 0x3,
-        send_buffer: bool = True ) -> None: """INIT to the send buffer."""
+        self,
+        version: int = nvsp.NvspVersion.V61,
+        *,
+        mtu: int = 1514,
+        capabilities: int = 0x3,
+        send_buffer: bool = True,
+    ) -> None:
+        """INIT to the send buffer."""
         answer = nvsp.decode(await self.ask(nvsp.Init(version, version).pack(40)))
         assert isinstance(answer, nvsp.InitComplete)
         assert answer.status == 1
@@ -280,8 +298,10 @@ class ScriptedGuest:
         return [None if verdict is None else DropReason(verdict) for verdict in verdicts]
 
 
-def ethernet(payload: bytes = b"x" * 46, *, dst: bytes = PEER, src: bytes = MAC, ethertype: int = 0x88B5)
--> bytes: return dst + src + ethertype.to_bytes(2, "big") + payload
+def ethernet(
+    payload: bytes = b"x" * 46, *, dst: bytes = PEER, src: bytes = MAC, ethertype: int = 0x88B5
+) -> bytes:
+    return dst + src + ethertype.to_bytes(2, "big") + payload
 
 
 def rndis_packet(data: bytes, *records: rndis.PerPacketInfo) -> bytes:

@@ -20,10 +20,15 @@ def padded(message: bytes, size: int) -> bytes:
     return message[:4] + size.to_bytes(4, "little") + message[8:].ljust(size - 8, b"\0")
 
 
-async def test_a_frame_in_a_send_section_reaches_the_switch_and_is_completed_once(guest: ScriptedGuest) ->
-None: await guest.up() sent = guest.send_rndis(rndis_packet(ethernet())) await guest.pump() assert
-[bytes(frame.data) for frame in guest.frames] == [ethernet()] assert guest.completion_status(sent) == 1
-assert guest.take() == []
+async def test_a_frame_in_a_send_section_reaches_the_switch_and_is_completed_once(
+    guest: ScriptedGuest,
+) -> None:
+    await guest.up()
+    sent = guest.send_rndis(rndis_packet(ethernet()))
+    await guest.pump()
+    assert [bytes(frame.data) for frame in guest.frames] == [ethernet()]
+    assert guest.completion_status(sent) == 1
+    assert guest.take() == []
 
 
 @pytest.mark.parametrize(("pieces", "section_bytes"), [(1, 0), (3, 0), (1, 44), (4, 60)])
@@ -38,12 +43,18 @@ async def test_section_bytes_and_gpa_ranges_make_one_message(
     assert guest.completion_status(sent) == 1
 
 
-async def test_up_to_eight_messages_of_one_packet_are_eight_frames_and_one_completion(guest:
-ScriptedGuest) -> None: await guest.up() frames = [ethernet(bytes([number]) * 51) for number in range(8)]
-messages = [rndis_packet(frame) for frame in frames] size = -(-len(messages[0]) // 8) * 8 data =
-b"".join(padded(message, size) for message in messages[:-1]) + messages[-1] sent = guest.send_rndis(data)
-await guest.pump() assert [bytes(f.data) for f in guest.frames] == frames assert
-guest.completion_status(sent) == 1
+async def test_up_to_eight_messages_of_one_packet_are_eight_frames_and_one_completion(
+    guest: ScriptedGuest,
+) -> None:
+    await guest.up()
+    frames = [ethernet(bytes([number]) * 51) for number in range(8)]
+    messages = [rndis_packet(frame) for frame in frames]
+    size = -(-len(messages[0]) // 8) * 8
+    data = b"".join(padded(message, size) for message in messages[:-1]) + messages[-1]
+    sent = guest.send_rndis(data)
+    await guest.pump()
+    assert [bytes(f.data) for f in guest.frames] == frames
+    assert guest.completion_status(sent) == 1
 
 
 async def test_a_ninth_message_is_malformed_and_the_eight_before_it_go_through(guest: ScriptedGuest) -> None:
@@ -186,13 +197,21 @@ async def test_a_header_rewritten_after_the_verdict_is_not_delivered(guest: Scri
     guest.port.endpoint.flush()
 
 
-async def test_frames_towards_the_guest_arrive_batched_and_their_slots_come_back(guest: ScriptedGuest) ->
-None: await guest.up() frames = [ethernet(bytes([number]) * 60, dst=MAC, src=PEER) for number in
-range(10)] assert guest.deliver(*(Frame(data) for data in frames)) == [None] * 10 await guest.pump()
-((transaction_id, messages),) = guest.received() assert [rndis.Packet.unpack(message).data for message in
-messages] == frames assert guest.section is not None assert transaction_id < guest.section.count
-guest.give_back(transaction_id) await guest.pump() assert guest.nic.stats()["frames_to_guest"] == 10
-assert guest.nic.stats()["bytes_to_guest"] == 740
+async def test_frames_towards_the_guest_arrive_batched_and_their_slots_come_back(
+    guest: ScriptedGuest,
+) -> None:
+    await guest.up()
+    frames = [ethernet(bytes([number]) * 60, dst=MAC, src=PEER) for number in range(10)]
+    assert guest.deliver(*(Frame(data) for data in frames)) == [None] * 10
+    await guest.pump()
+    ((transaction_id, messages),) = guest.received()
+    assert [rndis.Packet.unpack(message).data for message in messages] == frames
+    assert guest.section is not None
+    assert transaction_id < guest.section.count
+    guest.give_back(transaction_id)
+    await guest.pump()
+    assert guest.nic.stats()["frames_to_guest"] == 10
+    assert guest.nic.stats()["bytes_to_guest"] == 740
 
 
 async def test_out_of_slots_is_a_counted_drop_and_control_still_gets_through(guest: ScriptedGuest) -> None:
