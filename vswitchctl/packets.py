@@ -1,0 +1,148 @@
+"""Frames that a user describes on the command line: hex bytes, or a scapy expression.
+
+An expression is parsed, never evaluated as Python: layers of scapy joined by `/`, called with literal
+arguments, and strings or bytes as payload. `Ether()/IP(dst="10.0.0.2")/TCP(dport=23, flags="S")/"hello"`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from typing import Any
+
+MAX_FRAME = 65535
+MAX_TEXT = 65536
+_LAYER_MODULES = (
+    "scapy.layers.l2",
+    "scapy.layers.inet",
+    "scapy.layers.inet6",
+    "scapy.layers.vxlan",
+    "scapy.layers.dhcp",
+    "scapy.layers.dhcp6",
+    "scapy.layers.dns",
+    "scapy.layers.sctp",
+    "scapy.contrib.lldp",
+)
+_HEX = re.compile(r"(?:0x)?[0-9a-fA-F]{2}(?:[\s:.-]?[0-9a-fA-F]{2})*")
+_EXAMPLE = 'Ether()/IP(dst="10.0.0.2")/TCP(dport=23)'
+
+
+class PacketTextError(ValueError):
+    """The text describes no frame; the message says where and why."""
+
+
+def parse_packet(text: str) -> bytes:
+    """The frame that `text` describes, 14 to 65535 bytes.
+
+    Hex may be grouped by blanks, colons, dots or dashes. Raises PacketTextError, also when scapy is needed
+    and not installed.
+    """
+    text = text.strip()
+    if len(text) > MAX_TEXT:
+        raise PacketTextError(f"a description of {len(text)} characters, at most {MAX_TEXT}")
+    is_hex = _HEX.fullmatch(text)
+    frame = bytes.fromhex(re.sub(r"^0x|[\s:.-]", "", text)) if is_hex else _from_scapy(text)
+    if not 14 <= len(frame) <= MAX_FRAME:
+        raise PacketTextError(f"a frame of {len(frame)} bytes; an Ethernet frame has 14 to {MAX_FRAME}")
+    return frame
+
+
+def _from_scapy(text: str) -> bytes:
+    try:
+        tree = ast.parse(text, mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        where = f" at character {error.offset}" if isinstance(error, SyntaxError) else ""
+        reason = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise PacketTextError(f"{text!r} is neither hex nor an expression{where}: {reason}") from None
+    layers = _layers()
+    parts = [_part(node, layers) for node in _stacked(tree.body)]
+    packet = parts[0]
+    if isinstance(packet, str | bytes):
+        raise PacketTextError(f"an expression begins with a layer, as in {_EXAMPLE}")
+    try:
+        for part in parts[1:]:
+            packet = packet / part
+        frame = bytes(packet)
+    except Exception as error:  # scapy raises what its fields raise
+        raise PacketTextError(f"scapy cannot build {text!r}: {error}") from None
+    if packet.name != "Ethernet" and packet.name != "802.3":
+        raise PacketTextError(
+            f"the outermost layer is {packet.name}; a port takes Ethernet frames: Ether()/..."
+        )
+    return frame
+
+
+def _layers() -> dict[str, Any]:
+    """Name -> class of every layer that an expression may use."""
+    try:
+        base = importlib.import_module("scapy.packet")
+        modules = [importlib.import_module(name) for name in _LAYER_MODULES]
+    except ImportError:
+        raise PacketTextError(
+            "a packet expression needs scapy: pip install 'vswitch[scapy]'; or give the frame in hex"
+        ) from None
+    found = {
+        name: value
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, base.Packet) and value is not base.Packet
+    }
+    return {**found, "Raw": base.Raw, "Padding": base.Padding}
+
+
+def _stacked(node: ast.expr) -> list[ast.expr]:
+    """The operands of `a / b / c`, left to right."""
+    parts: list[ast.expr] = []
+    while isinstance(node, ast.BinOp):
+        if not isinstance(node.op, ast.Div):
+            raise PacketTextError(f"at character {node.col_offset + 1}: layers are joined by / only")
+        parts.append(node.right)
+        node = node.left
+    parts.append(node)
+    return parts[::-1]
+
+
+def _part(node: ast.expr, layers: dict[str, Any]) -> Any:
+    where = f"at character {node.col_offset + 1}"
+    if isinstance(node, ast.Constant) and isinstance(node.value, str | bytes):
+        return node.value
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        raise PacketTextError(f"{where}: expected a layer such as IP(...), or a string; as in {_EXAMPLE}")
+    name = node.func.id
+    if name not in layers:
+        raise PacketTextError(f"{where}: no layer is named {name}; as in {_EXAMPLE}")
+    keywords: dict[str, Any] = {}
+    for keyword in node.keywords:
+        if keyword.arg is None:
+            raise PacketTextError(f"{where}: {name}(**...) is not allowed; name each field")
+        keywords[keyword.arg] = _literal(keyword.value, layers)
+    arguments = [_literal(argument, layers) for argument in node.args]
+    if arguments and name not in ("Raw", "Padding"):
+        raise PacketTextError(f"{where}: name the fields of {name}, as in {_EXAMPLE}")
+    known = [field.name for field in layers[name].fields_desc]
+    for field in keywords:
+        if field not in known:
+            raise PacketTextError(f"{where}: {name} has no field {field}; it has {', '.join(known)}")
+    try:
+        return layers[name](*arguments, **keywords)
+    except Exception as error:  # scapy raises what its fields raise
+        raise PacketTextError(f"{where}: {name}: {error}") from None
+
+
+def _literal(node: ast.expr, layers: dict[str, Any]) -> Any:
+    """Numbers, strings, bytes, None, and lists or tuples of them; layers within lists (DNS records,
+    options).
+    """
+    if isinstance(node, ast.Call):
+        return _part(node, layers)
+    if isinstance(node, ast.List):
+        return [_literal(item, layers) for item in node.elts]
+    if isinstance(node, ast.Tuple):
+        return tuple(_literal(item, layers) for item in node.elts)
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise PacketTextError(
+            f"at character {node.col_offset + 1}: a field takes a literal: a number, a string, a list"
+        ) from None
