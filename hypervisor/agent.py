@@ -6,7 +6,6 @@ CONFIGURE, EXEC, KILL, and what comes back (docs/door.md section 9).
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,18 +26,18 @@ class DoorLost(ConnectionError):
 class GuestProcess:
     """A program that runs inside a process partition."""
 
-    def __init__(self, sequence: int, pid: int, ended: asyncio.Future[int], send: Send) -> None:
+    def __init__(self, sequence: int, pid: int, ended: asyncio.Future[tuple[int, str]], send: Send) -> None:
         self.sequence = sequence
         self.pid = pid
         self._ended = ended
         self._send = send
 
-    async def wait(self) -> int:
-        """Its exit code, negative for a signal as subprocess gives it.
+    async def wait(self) -> tuple[int, str]:
+        """(wait status as waitpid(2) gives it, the agent's text).
 
         DoorLost when the guest or its door is gone.
         """
-        return os.waitstatus_to_exitcode(await asyncio.shield(self._ended))
+        return await asyncio.shield(self._ended)
 
     def kill(self, signal: int) -> None:
         """Signal its process group; nothing happens when it has ended."""
@@ -54,7 +53,7 @@ class AgentRequests:
         self._next_sequence = next_sequence
         self._configuring: dict[int, asyncio.Future[None]] = {}
         self._starting: dict[int, asyncio.Future[int]] = {}
-        self._running: dict[int, asyncio.Future[int]] = {}
+        self._running: dict[int, asyncio.Future[tuple[int, str]]] = {}
 
     async def configure(self, document: Mapping[str, Any]) -> None:
         """Send CONFIGURE and wait. AgentError, DoorLost."""
@@ -84,7 +83,7 @@ class AgentRequests:
         """
         loop = asyncio.get_running_loop()
         started: asyncio.Future[int] = loop.create_future()
-        ended: asyncio.Future[int] = loop.create_future()
+        ended: asyncio.Future[tuple[int, str]] = loop.create_future()
         # A program nobody waits for may end badly without a word.
         ended.add_done_callback(lambda future: future.cancelled() or future.exception())
         sequence = self._next_sequence()
@@ -133,7 +132,7 @@ class AgentRequests:
             raise WireError(f"EXEC_EXIT: no program of EXEC {sequence} runs")
         del self._running[sequence]
         if not ended.done():
-            ended.set_result(message.wait_status)
+            ended.set_result((message.wait_status, message.text))
 
     def lost(self, reason: str) -> None:
         """The door is gone: nobody answers any more."""

@@ -111,7 +111,7 @@ class Hypervisor:
         """
         if saved["version"] != SAVE_VERSION:
             raise ValueError(
-                f"partition {saved.get('name')}: saved with version {saved["version"]}, not {SAVE_VERSION}"
+                f"partition {saved.get('name')}: saved with version {saved['version']}, not {SAVE_VERSION}"
             )
         if not saved["attached_before"]:
             raise ValueError(

@@ -82,8 +82,9 @@ class Partition:
         self.parent = parent
         self.children: dict[int, Partition] = {}
         self.state = PartitionState.CREATED
-        self.on_detached: list[Callable[[Partition, str], None]] = []
-        self.on_changed: list[Callable[[Partition], None]] = []
+        self.on_detached: list[Callable[[str], None]] = []
+        """Called with the reason when the guest died or its door broke, after its channels were closed."""
+        self.on_changed: list[Callable[[], None]] = []
         """Called when `save()` would give something else.
 
         Store it, so that a killed daemon can go on from there.
@@ -101,6 +102,7 @@ class Partition:
         self._parking: dict[int, asyncio.Future[None]] = {}
         self._detaching: asyncio.Task[None] | None = None
         self._detached = asyncio.Event()
+        self._deleting = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.synic = Synic(
             vp_count,
@@ -369,9 +371,11 @@ class Partition:
             await self.vmbus.detached()
         finally:
             self._detaching = None
+        if self._deleting:
+            return
         for callback in list(self.on_detached):
             try:
-                callback(self, reason)
+                callback(reason)
             except Exception:
                 _log.exception("partition %s: a callback failed", self.name)
 
@@ -400,20 +404,6 @@ class Partition:
         """Give the agent host name, hosts and addresses. AgentError with the agent's text, DoorLost."""
         await self._agent.configure(config)
 
-    async def start_program(
-        self,
-        argv: Sequence[str],
-        env: Mapping[str, str],
-        stdin: int,
-        stdout: int,
-        stderr: int,
-        *,
-        tty: bool = False,
-        cwd: str | None = None,
-    ) -> GuestProcess:
-        """Start a program in the guest; returns when it runs. The descriptors stay the caller's."""
-        return await self._agent.start(argv, env, stdin, stdout, stderr, tty=tty, cwd=cwd)
-
     async def exec(
         self,
         argv: Sequence[str],
@@ -422,18 +412,13 @@ class Partition:
         stdout: int,
         stderr: int,
         tty: bool = False,
-    ) -> int:
-        """Run a program in the guest to its end; its exit code, negative for a signal.
+        cwd: str | None = None,
+    ) -> GuestProcess:
+        """Start a program in the guest; returns when it runs. The descriptors stay the caller's.
 
-        Cancelling kills it.
+        AgentError with the agent's text when it cannot be started, DoorLost.
         """
-        process = await self.start_program(argv, env, stdin, stdout, stderr, tty=tty)
-        try:
-            return await process.wait()
-        except asyncio.CancelledError:
-            with contextlib.suppress(PartitionError):
-                process.kill(9)
-            raise
+        return await self._agent.start(argv, env, stdin, stdout, stderr, tty=tty, cwd=cwd)
 
     async def park(self, timeout: float = 10.0) -> None:  # noqa: ASYNC109 - the clock is injected
         """Stop the guest's virtual processors."""
@@ -457,7 +442,7 @@ class Partition:
         if self._link is not None:
             gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-            def ended(partition: Partition, reason: str) -> None:
+            def ended(reason: str) -> None:
                 if not gone.done():
                     gone.set_result(None)
 
@@ -472,6 +457,7 @@ class Partition:
         """Close the door and everything behind it, children first; give memory and socket back."""
         if self.state is PartitionState.DELETED:
             return
+        self._deleting = True
         for child in list(self.children.values()):
             await child.delete()
         await self._finalize("the partition is being deleted")
@@ -566,7 +552,7 @@ class Partition:
 
     def _changed(self) -> None:
         for callback in list(self.on_changed):
-            callback(self)
+            callback()
 
     def restore_state(self, saved: dict[str, Any]) -> None:
         """Registers and VMBus state from `save()`."""

@@ -75,7 +75,7 @@ class BoundInterrupt:
     def close(self) -> None:
         """Signals go nowhere from now on."""
         self._synic.unbind(self)
-        self.interrupt.target(None, self._sint, self._flag, self._parked_fd)
+        self.interrupt.close()
         os.close(self._parked_fd)
 
 
