@@ -1,0 +1,95 @@
+"""What a netns guest may see of its host: its own namespaces, its own /proc, no run directory of the daemon.
+
+Two user namespaces are nested on purpose. A mount made in the outer one (the cover over the daemon's run
+directory) is locked for all that happens in the inner one (mount_namespaces(7)), so that root inside the
+guest cannot lift it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from vswitch_confine import libc, namespaces
+from vswitch_confine.errors import ConfinementRefused
+
+__all__ = ["HOSTS", "cover", "enter", "isolate_files", "run_directory_of", "set_host_name", "write_hosts"]
+
+HOSTS = Path("/etc/hosts")
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+def run_directory_of(listener: socket.socket) -> Path | None:
+    """The daemon's run directory, from the path its door socket was bound to (RUN_DIR/doors/ID.sock)."""
+    name = listener.getsockname()
+    if not isinstance(name, str) or not name.startswith("/"):
+        return None
+    directory = Path(name).parent
+    return directory.parent if directory.name == "doors" else None
+
+
+def cover(directory: Path, size: str = "64k") -> None:
+    """Put an empty tmpfs over `directory`. Raises ConfinementRefused."""
+    flags = libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC
+    try:
+        libc.mount("tmpfs", str(directory), "tmpfs", flags, f"size={size},mode=0755")
+    except OSError as error:
+        raise ConfinementRefused(
+            f"cover over {directory}", error.errno or 0, "run where tmpfs may be mounted in a user namespace"
+        ) from error
+
+
+def enter(covered: list[Path]) -> int:
+    """Make the namespaces and fork; returns 0 in the guest's PID 1 and its pid in the process outside.
+
+    Must be called with a single thread. `covered` directories are empty inside for good.
+    """
+    namespaces.unshare(user=True, mount=True, pid=False, net=False)
+    for directory in covered:
+        cover(directory)
+    namespaces.unshare(user=True, mount=True, pid=True, net=True, uts=True, ipc=True)
+    return namespaces.fork_first()
+
+
+def isolate_files() -> list[str]:
+    """As PID 1: an own /proc, own shared memory, ping for every group. Returns warnings, one per thing not
+    granted."""
+    warnings: list[str] = []
+    try:
+        namespaces.mount_proc()
+    except ConfinementRefused as refused:
+        cover(Path("/proc"), size="4k")  # what the host runs stays out of sight all the same
+        warnings.append(f"/proc is empty in this guest: {refused.strerror}")
+    if _SHARED_MEMORY.is_dir():
+        cover(_SHARED_MEMORY, size="64m")
+    try:
+        Path("/proc/sys/net/ipv4/ping_group_range").write_text("0 0\n", encoding="ascii")
+    except OSError as error:
+        warnings.append(f"unprivileged ping stays off: {error}")
+    libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
+    return warnings
+
+
+def set_host_name(name: str) -> None:
+    """Set the guest's own host name (UTS namespace)."""
+    socket.sethostname(name)
+
+
+def write_hosts(text: str) -> None:
+    """Give the guest an /etc/hosts of its own with this content; later calls replace the content.
+
+    OSError where there is no /etc/hosts to bind over.
+    """
+    if not _hosts_is_ours():
+        own = _SHARED_MEMORY / ".hosts"
+        own.write_text(text, encoding="utf-8")
+        own.chmod(0o644)
+        libc.mount(str(own), str(HOSTS), "", libc.MS_BIND)
+        own.unlink()  # the bind keeps it
+        return
+    HOSTS.write_text(text, encoding="utf-8")
+
+
+def _hosts_is_ours() -> bool:
+    return HOSTS.exists() and os.stat(HOSTS).st_dev == os.stat(_SHARED_MEMORY).st_dev
