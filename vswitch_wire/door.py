@@ -224,7 +224,10 @@ class RegionEntry:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """First frame of a connection, host to guest; the region memfds (not on resume) and one eventfd per VP ride on it."""
+    """First frame of a connection, host to guest.
+
+    The region memfds (not on resume) and one eventfd per VP ride on it.
+    """
 
     TYPE: ClassVar[FrameType] = FrameType.HELLO
     partition_id: int
@@ -319,7 +322,10 @@ class Hypercall:
 
 @dataclass(frozen=True, slots=True)
 class HypercallResult:
-    """The register image after the hypercall: rax is the result value, the others are as the call left them."""
+    """The register image after the hypercall.
+
+    Rax is the result value, the others are as the call left them.
+    """
 
     TYPE: ClassVar[FrameType] = FrameType.RESULT
     rax: int
@@ -554,7 +560,11 @@ class Exec:
             raise WireError(f"EXEC: unknown key {sorted(unknown)[0]!r}")
         argv, env = document.get("argv"), document.get("env", {})
         cwd, tty = document.get("cwd"), document.get("tty", False)
-        if not isinstance(argv, list) or not 1 <= len(argv) <= MAX_STRINGS or not all(map(_is_c_string, argv)):
+        if (
+            not isinstance(argv, list)
+            or not 1 <= len(argv) <= MAX_STRINGS
+            or not all(map(_is_c_string, argv))
+        ):
             raise WireError(f"EXEC: argv must be 1..{MAX_STRINGS} strings without NUL")
         if (
             not isinstance(env, dict)
@@ -722,7 +732,10 @@ def pack(message: DoorMessage, sequence: int = 0) -> bytes:
 
 
 def decode(frame: bytes) -> tuple[int, DoorMessage]:
-    """Check one whole frame and return (sequence, message). WireError on anything else; Unsupported for intercepts."""
+    """Check one whole frame and return (sequence, message).
+
+    WireError on anything else; Unsupported for intercepts.
+    """
     if len(frame) < HEADER_SIZE:
         raise WireError(f"door frame: {len(frame)} bytes, a header has {HEADER_SIZE}")
     if len(frame) > MAX_FRAME:
@@ -731,9 +744,13 @@ def decode(frame: bytes) -> tuple[int, DoorMessage]:
     if flags or reserved:
         raise WireError(f"door frame type {kind:#x}: flags {flags:#x} and reserved {reserved:#x} must be 0")
     if length != len(frame) - HEADER_SIZE:
-        raise WireError(f"door frame type {kind:#x}: length says {length}, body has {len(frame) - HEADER_SIZE} bytes")
+        raise WireError(
+            f"door frame type {kind:#x}: length says {length}, body has {len(frame) - HEADER_SIZE} bytes"
+        )
     if kind in INTERCEPTS:
-        raise Unsupported(f"door frame type {kind:#x}: intercepts are reserved and not served by door version 1")
+        raise Unsupported(
+            f"door frame type {kind:#x}: intercepts are reserved and not served by door version 1"
+        )
     parser = _PARSERS.get(kind)
     if parser is None:
         raise WireError(f"door frame type {kind:#x} is unknown")
@@ -741,7 +758,10 @@ def decode(frame: bytes) -> tuple[int, DoorMessage]:
 
 
 def fds_expected(message: DoorMessage) -> int:
-    """How many descriptors this message carries (HELLO_ACK on resume: as many as HELLO named regions, not known here)."""
+    """How many descriptors this message carries (HELLO_ACK on resume.
+
+    As many as HELLO named regions, not known here).
+    """
     if isinstance(message, Hello):
         regions = 0 if message.flags & HelloFlags.RESUME else len(message.regions)
         return regions + message.vp_count

@@ -124,7 +124,7 @@ def _what(frame: dpkt.ethernet.Ethernet) -> str:
             if isinstance(inner.data, dpkt.icmp.ICMP.Echo):
                 detail += f" id {inner.data.id} seq {inner.data.seq}"
         elif isinstance(inner, dpkt.tcp.TCP):
-            names = "FIN SYN RST PSH ACK URG".split()
+            names = ["FIN", "SYN", "RST", "PSH", "ACK", "URG"]
             detail = " " + "+".join(each for bit, each in enumerate(names) if inner.flags >> bit & 1)
         return f"{name}{detail} {source} -> {target}, {len(bytes(frame))} bytes"
     return f"type 0x{frame.type:04x}, {len(bytes(frame))} bytes"

@@ -4,9 +4,9 @@
         net = lab({"guests": ["a", "b"]})
         assert net.ping("a", "b") == 0          # packets lost
 
-Every lab's switches are captured while it is up; when the test fails, its report gets the last packets (drops with
-their reason), the drop counters of every port and the path of the whole capture. Labs go when the test ends, the
-daemon when the session ends. `--vswitch-engine` chooses the engine.
+Every lab's switches are captured while it is up; when the test fails, its report gets the last packets (drops
+with their reason), the drop counters of every port and the path of the whole capture. Labs go when the test
+ends, the daemon when the session ends. `--vswitch-engine` chooses the engine.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class TestLab:
         self.capture_file = directory / f"{lab.name}.pcapng"
         self._armed = threading.Event()
         self._capture_name = ""
+        self._capture_fault = ""
         self._recorder = threading.Thread(target=self._record, name=f"capture {lab.name}", daemon=True)
         self._recorder.start()
         self._armed.wait(10)
@@ -106,7 +107,7 @@ class TestLab:
                         self._armed.set()
                     file.write(response.pcapng)
         except Exception as error:
-            self._capture_error = f"{type(error).__name__}: {error}"
+            self._capture_fault = f"the capture failed: {type(error).__name__}: {error}"
         finally:
             self._armed.set()
 
@@ -132,6 +133,8 @@ class TestLab:
         else:
             lines.append(f"{len(sightings)} packets seen, the last {min(PACKETS_SHOWN, len(sightings))}:")
             lines += [f"  {packets.summary(sighting)}" for sighting in sightings[-PACKETS_SHOWN:]]
+        if self._capture_fault:
+            lines.append(self._capture_fault)
         lines.append(f"capture: {self.capture_file}")
         return "\n".join(lines)
 

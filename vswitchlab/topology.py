@@ -82,10 +82,8 @@ class Lab:
             **({"engine": self.engine} if self.engine else {}),
             "switches": {
                 switch.name: {
-                    **{
-                        "subnet" if network.version == 4 else "subnet6": str(network)
-                        for network in switch.networks
-                    },
+                    "subnet": next((str(each) for each in switch.networks if each.version == 4), None),
+                    "subnet6": next((str(each) for each in switch.networks if each.version == 6), None),
                     "extensions": [
                         {"file": str(each.file), "name": each.name, "on_failure": each.on_failure}
                         for each in switch.extensions

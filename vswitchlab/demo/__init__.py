@@ -10,7 +10,6 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import vswitch_native
 from vswitchctl.aio import AsyncClient
 from vswitchctl.client import VswitchError
 from vswitchctl.launch import DaemonProcess, LaunchError, start_daemon
@@ -30,18 +29,19 @@ LIMIT_SECONDS = 150.0  # for one check; a hang is a failure with a name
 
 async def run(engine: str | None, output: str) -> int:
     """Tells the story; the exit status. `output` is table, json or yaml."""
-    chosen = engine or ("native" if vswitch_native.AVAILABLE else "python")
-    if engine == "native" and not vswitch_native.AVAILABLE:
-        sys.stderr.write(f"error: {vswitch_native.WHY}\nremedy: vswitch demo --engine python\n")
+    facts = await asyncio.to_thread(gather)
+    chosen = engine or ("python" if facts.native_missing else "native")
+    if engine == "native" and facts.native_missing:
+        sys.stderr.write(f"error: {facts.native_missing}\nremedy: vswitch demo --engine python\n")
         return 1
-    findings = diagnose(await asyncio.to_thread(gather))
+    findings = diagnose(facts)
     started = time.monotonic()
     if bad := blockers(findings):
         checks = [
             Check("machine", False, f"{each.check}: {each.text}; remedy: {each.remedy}", 0.0) for each in bad
         ]
         return _finish(checks, "none", chosen, started, output)
-    if not vswitch_native.AVAILABLE:
+    if facts.native_missing and engine is None:
         native = next(each for each in findings if each.check == "native_module")
         sys.stderr.write(f"{native.text}\nremedy: {native.remedy}\n")
     directory = Path(tempfile.mkdtemp(prefix="vswitch-demo-"))

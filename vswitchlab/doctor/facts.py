@@ -14,7 +14,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Facts", "Leftover", "Trial", "gather", "run_dir"]
+from vswitchctl.paths import default_run_dir
+from vswitchlab.guests import environment
+
+__all__ = ["Facts", "Leftover", "Trial", "gather", "native_missing", "run_dir_problem"]
 
 Trial = dict[str, str]
 
@@ -64,23 +67,12 @@ class Facts:
     open_files: int = 1024
 
 
-def run_dir() -> Path:
-    """Where the daemon of this user keeps its socket; the same rule as the daemon's."""
-    if given := os.environ.get("VSWITCH_RUN_DIR"):
-        return Path(given)
-    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
-        return Path(runtime) / "vswitch"
-    return Path(f"/tmp/vswitch-{os.getuid()}")
-
-
 def gather(directory: Path | None = None) -> Facts:
     """Looks at this machine; takes about half a second, changes nothing."""
     import resource
     import shutil
 
-    import vswitch_native
-
-    where = directory or run_dir()
+    where = directory or default_run_dir()
     trial, trial_error = _trial()
     sockets = {path: _answers(path) for path in sorted(where.glob("*.sock"))} if where.is_dir() else {}
     answers = any(sockets.values())
@@ -98,7 +90,7 @@ def gather(directory: Path | None = None) -> Facts:
         container=_container(),
         seccomp_filtered=_seccomp_filtered(),
         layers=_layers(),
-        native_missing=vswitch_native.WHY,
+        native_missing=native_missing(),
         cargo=shutil.which("cargo") is not None,
         versions=versions,
         missing=missing,
@@ -123,6 +115,24 @@ def _trial() -> tuple[Trial, str]:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
         return {}, f"the trial ended with status {done.returncode}: {''.join(last) or 'no output'}"
     return outcome, ""
+
+
+def native_missing() -> str:
+    """Why the native module cannot be used, or an empty text. Tried in a process of its own: it may crash."""
+    code = "import vswitch_native; print(vswitch_native.WHY)"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code],
+            env={**os.environ, **environment()},
+            capture_output=True,
+            timeout=20,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"the native module could not be tried: {error}"
+    if done.returncode:
+        return f"loading the native module ends the process with status {done.returncode}"
+    return done.stdout.decode(errors="replace").strip()
 
 
 def _sysctls() -> dict[str, int]:
