@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
+
+import pytest
 
 from hypervisor import ChannelRefused, Hypervisor, OpenedChannel, Partition, Quotas
 from hypervisor.privileges import GUEST
@@ -15,9 +19,10 @@ from netvsc.door import DoorClient
 from netvsc.memory import PageAllocator
 from netvsc.synic import Synic
 from netvsc.vmbus import VmbusClient
+from vswitch_wire import door as wire
 from vswitch_wire import packet
 from vswitch_wire.errors import WireError
-from vswitch_wire.memory import drain_fd
+from vswitch_wire.memory import GuestMemory, Region, drain_fd
 from vswitch_wire.ring import RingReader, RingWriter
 from vswitch_wire.vmbus import VmbusVersion
 
@@ -146,5 +151,99 @@ class World:
 async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
     """Wait until the condition holds; TimeoutError names nothing, the assertion at the call does."""
     async with asyncio.timeout(seconds):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - conditions of any kind
             await asyncio.sleep(0.001)
+
+
+class RawGuest:
+    """A guest's side that sends whatever bytes a test wants, over a blocking-free socket."""
+
+    def __init__(self, partition: Partition) -> None:
+        self.partition = partition
+        self.listener = socket.socket(fileno=partition.listen())
+        self.listener.setblocking(False)
+        self.sock: socket.socket | None = None
+        self.hello: wire.Hello | None = None
+        self.hello_sequence = 0
+        self.fds: list[int] = []
+
+    async def accept(self) -> wire.Hello:
+        """Take the connection and the HELLO, without an answer."""
+        loop = asyncio.get_running_loop()
+        self.sock, _ = await loop.sock_accept(self.listener)
+        self.sock.setblocking(False)
+        sequence, message, fds = await self.receive()
+        assert isinstance(message, wire.Hello)
+        self.hello, self.hello_sequence, self.fds = message, sequence, fds
+        return message
+
+    async def attach(self) -> RawGuest:
+        """Accept and answer as a good guest does; memory is mapped."""
+        attaching = asyncio.ensure_future(self.partition.attach(5))
+        hello = await self.accept()
+        self.send(wire.HelloAck(), self.hello_sequence)
+        await attaching
+        regions = [Region(entry.gpa, entry.size, fd) for entry, fd in zip(hello.regions, self.fds, strict=False)]
+        self.memory = GuestMemory(regions)
+        return self
+
+    def send(self, message: wire.DoorMessage, sequence: int = 0, fds: list[int] | None = None) -> None:
+        """One good frame."""
+        self.send_bytes(wire.pack(message, sequence), fds)
+
+    def send_bytes(self, frame: bytes, fds: list[int] | None = None) -> None:
+        """One frame of any bytes."""
+        assert self.sock is not None
+        socket.send_fds(self.sock, [frame], fds or [])
+
+    async def receive(self) -> tuple[int, wire.DoorMessage, list[int]]:
+        """The next frame. EOFError at the end."""
+        assert self.sock is not None
+        loop = asyncio.get_running_loop()
+        readable = loop.create_future()
+        loop.add_reader(self.sock, lambda: readable.done() or readable.set_result(None))
+        async with asyncio.timeout(5):
+            await readable
+        loop.remove_reader(self.sock)
+        data, fds, _, _ = socket.recv_fds(self.sock, wire.MAX_FRAME, 80)
+        if not data:
+            raise EOFError
+        sequence, message = wire.decode(data)
+        return sequence, message, fds
+
+    async def error(self) -> wire.DoorError:
+        """The ERROR frame that ends this door, and the end behind it."""
+        while True:
+            _, message, _ = await self.receive()
+            if isinstance(message, wire.DoorError):
+                with pytest.raises((EOFError, ConnectionError)):
+                    await self.receive()
+                return message
+
+    async def ask(self, message: wire.DoorMessage, sequence: int = 1) -> Any:
+        """A request and its answer."""
+        self.send(message, sequence)
+        while True:
+            answered, answer, _ = await self.receive()
+            if answered == sequence and not isinstance(answer, wire.Deliver | wire.EventFd):
+                return answer
+
+    async def call(self, code: int, block: bytes = b"", *, fast: bool = False, output: int = 0) -> int:
+        """A hypercall with its input at page 1 (or in registers); the status."""
+        if fast:
+            words = struct.unpack("<QQ", block.ljust(16, b"\0"))
+            message = wire.Hypercall(0, code | 1 << 16, *words)
+        else:
+            self.memory.write(PAGE, block)
+            message = wire.Hypercall(0, code, PAGE if block else 0, output)
+        result = await self.ask(message)
+        return int(result.rax) & 0xFFFF
+
+    def close(self) -> None:
+        """Die."""
+        for entry in (self.sock, self.listener):
+            if entry is not None:
+                entry.close()
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
