@@ -7,6 +7,11 @@
 mod bytes;
 pub mod error;
 pub mod gpadl;
+pub mod nvsp;
 pub mod packet;
+mod record;
+pub mod rndis;
+pub mod vmbus;
 
 pub use error::{Result, WireError};
+pub use record::{Guid, Shown, Value};
