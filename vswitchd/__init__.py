@@ -1,0 +1,1 @@
+"""The vswitch daemon: serves `vswitch.v1`, and composes hypervisor, switches, synthetic NICs and guests."""
