@@ -1,6 +1,7 @@
 """Captures: live pcapng streams of ports or of a partition's VMBus, listed while they run.
 
-Bounds: `MAX_CAPTURES` at once. A reader that is too slow loses sightings, which are counted, and delays nobody.
+Bounds: `MAX_CAPTURES` at once. A reader that is too slow loses sightings, which are counted, and delays
+nobody.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 from vswitch.capture.ports import PortCapture
 from vswitch.capture.vmbus import VmbusCapture, VmbusDirection
+
 from vswitch_api.v1 import capture_pb2
 from vswitchd.core import now
 from vswitchd.errors import exhausted, invalid, not_found
@@ -70,9 +72,7 @@ class CaptureManager:
         for record in self.records.values():
             record.running.stop()
 
-    async def stream(
-        self, request: capture_pb2.CaptureRequest
-    ) -> AsyncIterator[capture_pb2.CaptureResponse]:
+    async def stream(self, request: capture_pb2.CaptureRequest) -> AsyncIterator[capture_pb2.CaptureResponse]:
         """The answer stream of one Capture call."""
         if not request.sources:
             raise invalid("sources", "empty", "name a port, a switch, or with `vmbus` a partition or NIC")
@@ -162,9 +162,7 @@ class CaptureManager:
             record = found
         assert record is not None
         partition = record.running()
-        capture = VmbusCapture(
-            record.id, snaplen=request.snap_length, packet_limit=request.packet_limit
-        )
+        capture = VmbusCapture(record.id, snaplen=request.snap_length, packet_limit=request.packet_limit)
 
         def observe(direction: VmbusDirection, message: bytes, timestamp_ns: int) -> None:
             capture.observe_message(direction, message, timestamp_ns)
@@ -183,7 +181,9 @@ class CaptureManager:
 
 
 async def _collect(nics: list[NicRecord], capture: VmbusCapture) -> None:
-    """Feeds the ring packets of the NICs' channels into the capture; a NIC that comes back is tapped again."""
+    """Feeds the ring packets of the NICs' channels into the capture; a NIC that comes back is tapped
+    again.
+    """
     while True:
         for nic in nics:
             if nic.device is None or nic.offer is None:

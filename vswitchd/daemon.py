@@ -1,4 +1,6 @@
-"""The daemon put together: hypervisor, switches, partitions, store, servers and front; started, run, ended."""
+"""The daemon put together: hypervisor, switches, partitions, store, servers and front; started, run,
+ended.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ import signal
 from collections.abc import Iterator
 
 import grpc.aio
-
 from hypervisor import Hypervisor
+
 from vswitchd import rundir
 from vswitchd.access import AccessPolicy, Role
 from vswitchd.captures import CaptureManager
@@ -62,7 +64,9 @@ class Daemon:
         yield from self._partitions.snapshot()
 
     async def start(self) -> None:
-        """Takes the run directory, finds what an earlier daemon left, and serves. StartError when it cannot."""
+        """Takes the run directory, finds what an earlier daemon left, and serves. StartError when it
+        cannot.
+        """
         config = self._config
         own = config.run_dir.root / "api.sock"
         self._locks.append(rundir.take_lock(config.run_dir.lock, str(config.run_dir.root)))
@@ -99,9 +103,7 @@ class Daemon:
     def _servicers(self) -> Servicers:
         return Servicers(
             capture=CaptureServicer(self._captures),
-            daemon=lambda role: DaemonServicer(
-                role, self._config, self._partitions.restored, self.shut_down
-            ),
+            daemon=lambda role: DaemonServicer(role, self._config, self._partitions.restored, self.shut_down),
             extension=ExtensionServicer(self._switches, self._extensions),
             nic=NicServicer(self._partitions),
             partition=PartitionServicer(self._partitions),

@@ -1,4 +1,6 @@
-"""Errors as callers see them: a status code, a message that names the object, a reason, and what to do next."""
+"""Errors as callers see them: a status code, a message that names the object, a reason, and what to
+do next.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ STATUS_KEY = "grpc-status-details-bin"
 
 
 class ApiError(Exception):
-    """An error with its `google.rpc.Status` details. `reason` is stable and UPPER_SNAKE; `remedy` is for humans."""
+    """An error with its `google.rpc.Status` details. `reason` is stable and UPPER_SNAKE; `remedy` is
+    for humans.
+    """
 
     def __init__(
         self,
@@ -107,9 +111,7 @@ def precondition(name: str, message: str, *, reason: str, remedy: str) -> ApiErr
 
 def exhausted(message: str, remedy: str) -> ApiError:
     """A limit is reached."""
-    return ApiError(
-        grpc.StatusCode.RESOURCE_EXHAUSTED, message, reason="LIMIT_REACHED", remedy=remedy
-    )
+    return ApiError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, reason="LIMIT_REACHED", remedy=remedy)
 
 
 def unavailable(name: str, message: str, *, reason: str, remedy: str) -> ApiError:

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 
 from hypervisor import AgentError, DoorLost, GuestProcess
 from hypervisor.partition import PartitionError
+
 from vswitch_api.v1 import partition_pb2
 from vswitchd.errors import ApiError, invalid, unavailable
 from vswitchd.partitions import PartitionManager
@@ -79,7 +80,9 @@ class Executor:
                 raise _lost(record.name, error) from None
             process = None
             yield partition_pb2.ExecResponse(
-                exit=partition_pb2.ExecExit(status=code) if code >= 0 else partition_pb2.ExecExit(signal=-code)
+                exit=partition_pb2.ExecExit(status=code)
+                if code >= 0
+                else partition_pb2.ExecExit(signal=-code)
             )
         finally:
             for task in (feeding, ended):
@@ -111,7 +114,9 @@ async def _feed(
 
 
 class CommandStreams:
-    """The descriptors of a command: three pipes, or a terminal. `inner` is for the command; the rest is ours."""
+    """The descriptors of a command: three pipes, or a terminal. `inner` is for the command; the rest
+    is ours.
+    """
 
     def __init__(self, terminal: partition_pb2.TerminalSize | None) -> None:
         self.inner: tuple[int, int, int]

@@ -1,7 +1,9 @@
-"""The accepting front: asks the kernel who a peer is and hands its connection to the server of that peer's role.
+"""The accepting front: asks the kernel who a peer is and hands its connection to the server of that peer's
+role.
 
-gRPC does not tell a servicer who is at the other end of a Unix socket, so each role has a server of its own, on a
-socket inside the run directory that only this user can reach; the front joins the peer's connection to it.
+gRPC does not tell a servicer who is at the other end of a Unix socket, so each role has a server of its own,
+on a socket inside the run directory that only this user can reach; the front joins the peer's connection to
+it.
 
 Limits: `MAX_CONNECTIONS` in all, `MAX_FOREIGN` for one user that is not an admin.
 """
@@ -37,9 +39,7 @@ def peer_credentials(connection: socket.socket) -> tuple[int, int, int]:
 class Front:
     """Accepts on `listener` until closed."""
 
-    def __init__(
-        self, listener: socket.socket, policy: AccessPolicy, servers: Mapping[Role, Path]
-    ) -> None:
+    def __init__(self, listener: socket.socket, policy: AccessPolicy, servers: Mapping[Role, Path]) -> None:
         self._listener = listener
         self._policy = policy
         self._servers = servers

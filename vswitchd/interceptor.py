@@ -1,4 +1,6 @@
-"""What stands before every method of one role's server: the role check, and errors turned into rich statuses."""
+"""What stands before every method of one role's server: the role check, and errors turned into rich
+statuses.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,7 @@ class RoleInterceptor(grpc.aio.ServerInterceptor):
                 grpc.StatusCode.PERMISSION_DENIED,
                 f"{name} needs the role {needed.name.lower()}; yours is {self._role.name.lower()}",
                 reason="ROLE_TOO_SMALL",
-                remedy=f"ask the daemon's owner to start it with --{needed.name.lower()} and your user's name",
+                remedy=f"ask the daemon's owner for --{needed.name.lower()} with your user's name",
                 metadata={"needed": needed.name.lower(), "role": self._role.name.lower()},
             )
 

@@ -1,8 +1,8 @@
 """Starting guests: `python -m netvsc` by exec, in a session of its own, so that it outlives the daemon.
 
-A guest is given its door's listening socket and its standard streams, and nothing else: a clean environment, no other
-descriptor, its words appended to a log file of this user. It is known again after a restart by its process id and
-start time together, and watched through a pidfd.
+A guest is given its door's listening socket and its standard streams, and nothing else: a clean environment,
+no other descriptor, its words appended to a log file of this user. It is known again after a restart by its
+process id and start time together, and watched through a pidfd.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ class GuestProcess:
 
     @classmethod
     def find(cls, pid: int, started: int, on_exit: Callable[[str], None]) -> GuestProcess | None:
-        """The guest that an earlier daemon started, when it still lives and the pid is not another's by now."""
+        """The guest that an earlier daemon started, when it still lives and the pid is not another's
+        by now.
+        """
         try:
             pidfd = os.pidfd_open(pid)
         except OSError:
@@ -152,7 +154,9 @@ def agent_pid(pid: int) -> int:
 
 
 def start_time(pid: int) -> int:
-    """Clock ticks after boot at which a process started (proc(5), stat, field 22). OSError when it is gone."""
+    """Clock ticks after boot at which a process started (proc(5), stat, field 22). OSError when it is
+    gone.
+    """
     text = Path(f"/proc/{pid}/stat").read_text()
     # The second field is the command in parentheses and may hold anything.
     return int(text.rpartition(")")[2].split()[19])
@@ -169,9 +173,7 @@ def log_tail(path: Path) -> str:
 
 
 def _spawn(spec: GuestSpec, door_fd: int) -> subprocess.Popen[bytes]:
-    log = os.open(
-        spec.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-    )
+    log = os.open(spec.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         return subprocess.Popen(
             command(spec),

@@ -92,6 +92,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.run_dir.prepare()
         asyncio.run(_run(config, arguments.ready_fd))
     except StartError as error:
-        print(f"vswitchd: {error}", file=sys.stderr)  # noqa: T201 - for whoever starts it, not for the log
+        print(f"vswitchd: {error}", file=sys.stderr)
         return EXIT_CANNOT_START
     return 0

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from hypervisor import Offer, Partition
+
 from netvsp import SyntheticNic
 from vswitch_api.v1 import common_pb2, nic_pb2
 from vswitchd.core import Core, now
@@ -53,7 +54,8 @@ class NicRecord:
             message.state = nic_pb2.NIC_STATE_IDLE
         elif self.device.state.open:
             message.state = nic_pb2.NIC_STATE_OPEN
-            # NVSP_PROTOCOL_VERSION_6_1 is 0x60001, Linux drivers/net/hyperv/hyperv_net.h; 1 and 2 have no minor.
+            # NVSP_PROTOCOL_VERSION_6_1 is 0x60001, Linux drivers/net/hyperv/hyperv_net.h; 1 and 2 have no
+            # minor.
             version = self.device.state.nvsp_version
             message.nvsp_version = f"{version >> 16}.{version & 0xFFFF}" if version >> 16 else ""
         else:

@@ -1,7 +1,7 @@
 """Partitions and what is in them: life cycle of guests, their NICs, and finding them again after a restart.
 
-Each partition has a lock that orders its life: start, stop, delete, NICs. What happens by itself (a guest ends, a door
-breaks) is noted at once and settled under that lock.
+Each partition has a lock that orders its life: start, stop, delete, NICs. What happens by itself (a guest
+ends, a door breaks) is noted at once and settled under that lock.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hypervisor import Hypervisor, Partition
+
 from vswitch_api.v1 import nic_pb2, partition_pb2
 from vswitchd.core import Core, engine_value, new_uid, now
 from vswitchd.errors import (
@@ -123,7 +124,7 @@ class PartitionManager:
         self.records: dict[str, PartitionRecord] = {}
         self.restored = Restored()
 
-    # --- looking ---------------------------------------------------------------------------------------------
+    # --- looking --------------------------------------------------------------------------------------------
 
     def find(self, name: str, field_name: str = "name") -> PartitionRecord:
         (partition_id,) = parse(field_name, name, "partitions")
@@ -147,7 +148,7 @@ class PartitionManager:
             for nic in record.nics.values():
                 yield nic.describe()
 
-    # --- partitions ------------------------------------------------------------------------------------------
+    # --- partitions -----------------------------------------------------------------------------------------
 
     async def create(self, request: partition_pb2.CreatePartitionRequest) -> PartitionRecord:
         message = self._checked(request)
@@ -211,9 +212,7 @@ class PartitionManager:
         _check_hosts("partition.process.hosts", request.partition.process)
         async with record.lock:
             record.message.process.ClearField("hosts")
-            record.message.process.MergeFrom(
-                partition_pb2.ProcessSpec(hosts=request.partition.process.hosts)
-            )
+            record.message.process.MergeFrom(partition_pb2.ProcessSpec(hosts=request.partition.process.hosts))
             if record.message.state == RUNS:
                 await self._configure(record, record.running())
             await self._save(record)
@@ -238,7 +237,7 @@ class PartitionManager:
             await self._core.store.delete(record.name)
             self._core.hub.removed(record.describe())
 
-    # --- life ------------------------------------------------------------------------------------------------
+    # --- life -----------------------------------------------------------------------------------------------
 
     async def start(self, name: str) -> PartitionRecord:
         record = self.find(name)
@@ -350,7 +349,7 @@ class PartitionManager:
         for nic in record.nics.values():
             self._core.hub.modified(nic.describe())
 
-    # --- NICs ------------------------------------------------------------------------------------------------
+    # --- NICs -----------------------------------------------------------------------------------------------
 
     async def create_nic(self, request: nic_pb2.CreateNicRequest, at: str = "") -> NicRecord:
         record = self.find(request.parent, f"{at}parent")
@@ -392,7 +391,7 @@ class PartitionManager:
                 await self._save(record)
             self._core.hub.modified(record.describe())
 
-    # --- what happens by itself ------------------------------------------------------------------------------
+    # --- what happens by itself -----------------------------------------------------------------------------
 
     def _guest_ended(self, record: PartitionRecord) -> Callable[[str], None]:
         def ended(how: str) -> None:
@@ -418,7 +417,8 @@ class PartitionManager:
             if record.guest is not guest or record.message.state != RUNS:
                 return
             if guest is not None and kind == "door_lost":
-                # A dying guest's door breaks a moment before its process is seen to end: say the better reason.
+                # A dying guest's door breaks a moment before its process is seen to end: say the better
+                # reason.
                 done, _ = await asyncio.wait([guest.ended], timeout=0.5)
                 why = f"the guest {guest.ended.result()}" if done else why
                 kind = "guest_lost" if done else kind
@@ -432,7 +432,7 @@ class PartitionManager:
         record.message.detail = detail
         self._core.hub.modified(record.describe())
 
-    # --- the store -------------------------------------------------------------------------------------------
+    # --- the store ------------------------------------------------------------------------------------------
 
     def _save_soon(self, record: PartitionRecord) -> None:
         """Stores the hypervisor's state once for all changes of this turn of the loop."""
@@ -459,10 +459,12 @@ class PartitionManager:
             }
         await self._core.save(record.message, private)
 
-    # --- after a restart -------------------------------------------------------------------------------------
+    # --- after a restart ------------------------------------------------------------------------------------
 
     async def restore(self) -> None:
-        """Finds the guests of an earlier daemon, side by side; what is gone or does not answer is reported."""
+        """Finds the guests of an earlier daemon, side by side; what is gone or does not answer is
+        reported.
+        """
         rows = await self._core.store.load("partition")
         for row in rows:
             message = partition_pb2.Partition.FromString(row.body)
@@ -484,9 +486,7 @@ class PartitionManager:
                 await self._save(record)
             return
         async with record.lock:
-            guest = GuestProcess.find(
-                int(private["pid"]), int(private["started"]), self._guest_ended(record)
-            )
+            guest = GuestProcess.find(int(private["pid"]), int(private["started"]), self._guest_ended(record))
             if guest is None:
                 self.restored.gone.append(record.name)
                 why = "the guest ended while there was no daemon"
@@ -553,5 +553,3 @@ def _check_hosts(field_name: str, process: partition_pb2.ProcessSpec) -> None:
             raise invalid(field_name, f"{name[:80]!r} is not a host name")
         for address in entry.addresses:
             check_address(f"{field_name}[{name}]", address)
-
-

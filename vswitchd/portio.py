@@ -1,4 +1,6 @@
-"""Frames in and out of a port by API: a stream as the port's NIC, or beside the NIC that is there; injection."""
+"""Frames in and out of a port by API: a stream as the port's NIC, or beside the NIC that is there;
+injection.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The run directory: private to its user, owned by one daemon at a time, with everything the daemon leaves on disk."""
+"""The run directory: private to its user, owned by one daemon at a time, with everything the daemon
+leaves on disk.
+"""
 
 from __future__ import annotations
 

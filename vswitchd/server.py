@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,7 +100,7 @@ async def serve(role: Role, path: Path, servicers: Servicers) -> grpc.aio.Server
     for name in ("", *SERVICES):
         await checker.set(name, health_pb2.HealthCheckResponse.SERVING)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    path.unlink(missing_ok=True)
+    await asyncio.to_thread(path.unlink, missing_ok=True)
     server.add_insecure_port(f"unix:{path}")
     await server.start()
     return server

@@ -1,7 +1,8 @@
 """Desired state and what a successor needs to find its guests again: one SQLite database, off the event loop.
 
-A row is a resource: its name, its kind, its message of the API in wire format, and `private` facts (JSON) that the
-API does not show. Threads: all access happens on one thread of its own; the methods are awaited on the event loop.
+A row is a resource: its name, its kind, its message of the API in wire format, and `private` facts (JSON)
+that the API does not show. Threads: all access happens on one thread of its own; the methods are awaited on
+the event loop.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class Store:
         return self._connection
 
 
-class _transaction:  # noqa: N801 - reads as the statement it stands for
+class _transaction:
     """BEGIN on entry; COMMIT, or ROLLBACK when the block raises."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:

@@ -84,7 +84,7 @@ class SwitchManager:
         # Told the name of an extension whose state has changed by itself.
         self.on_extension_change: Callable[[str], None] = lambda name: None
 
-    # --- looking ---------------------------------------------------------------------------------------------
+    # --- looking --------------------------------------------------------------------------------------------
 
     def find(self, name: str, field_name: str = "name") -> SwitchRecord:
         (switch_id,) = parse(field_name, name, "switches")
@@ -141,7 +141,7 @@ class SwitchManager:
             for port in record.ports.values():
                 yield self.describe_port(port)
 
-    # --- switches --------------------------------------------------------------------------------------------
+    # --- switches -------------------------------------------------------------------------------------------
 
     async def create(self, switch_id: str, wanted: switch_pb2.Switch) -> SwitchRecord:
         check_id("switch_id", switch_id)
@@ -176,7 +176,9 @@ class SwitchManager:
         switch_id = message.name.rpartition("/")[2]
         engine = self._core.engine_of(message.engine, "switch.engine")
         switch = Switch(switch_id, engine=engine)
-        record = SwitchRecord(message, switch, ExtensionHost(switch.datapath, on_event=self._tell(message.name)))
+        record = SwitchRecord(
+            message, switch, ExtensionHost(switch.datapath, on_event=self._tell(message.name))
+        )
         switch.on_event(record.host.on_datapath_event)
         return record
 
@@ -200,7 +202,7 @@ class SwitchManager:
         await record.switch.close()
         self._core.hub.removed(record.message)
 
-    # --- ports -----------------------------------------------------------------------------------------------
+    # --- ports ----------------------------------------------------------------------------------------------
 
     async def create_ports(
         self, requests: Sequence[port_pb2.CreatePortRequest], parent: str = ""
@@ -293,7 +295,7 @@ class SwitchManager:
             )
         port.owner = owner
 
-    # --- after a restart -------------------------------------------------------------------------------------
+    # --- after a restart ------------------------------------------------------------------------------------
 
     async def restore(self) -> None:
         """Builds again what the store holds; one that cannot be built is reported and left out."""

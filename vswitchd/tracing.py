@@ -20,9 +20,7 @@ async def trace(switches: SwitchManager, request: trace_pb2.TraceRequest) -> tra
     for index, frame in enumerate(request.frames):
         if len(frame) not in FRAME_BYTES:
             raise invalid(f"frames[{index}]", f"{len(frame)} bytes; a frame has at least {FRAME_BYTES.start}")
-    return trace_pb2.TraceResponse(
-        frames=[await _trace_one(port, frame) for frame in request.frames]
-    )
+    return trace_pb2.TraceResponse(frames=[await _trace_one(port, frame) for frame in request.frames])
 
 
 async def _trace_one(port: PortRecord, frame: bytes) -> trace_pb2.TracedFrame:

@@ -36,9 +36,7 @@ class DaemonServicer(daemon_pb2_grpc.DaemonServiceServicer):
         self._shut_down = shut_down
         self._started = now()
 
-    async def GetInfo(
-        self, request: daemon_pb2.GetInfoRequest, context: Any
-    ) -> daemon_pb2.GetInfoResponse:
+    async def GetInfo(self, request: daemon_pb2.GetInfoRequest, context: Any) -> daemon_pb2.GetInfoResponse:
         return daemon_pb2.GetInfoResponse(
             version=version(),
             pid=os.getpid(),

@@ -143,9 +143,7 @@ class PortServicer(port_pb2_grpc.PortServiceServicer):
         port = self._switches.find_port(request.name)
         return port_pb2.GetPortResponse(port=self._switches.describe_port(port))
 
-    async def ListPorts(
-        self, request: port_pb2.ListPortsRequest, context: Any
-    ) -> port_pb2.ListPortsResponse:
+    async def ListPorts(self, request: port_pb2.ListPortsRequest, context: Any) -> port_pb2.ListPortsResponse:
         ports, token = page(
             (port for record in self._switches.of_parent(request.parent) for port in record.ports.values()),
             lambda port: (port.name,),
