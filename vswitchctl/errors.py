@@ -48,7 +48,7 @@ def from_rpc_error(error: grpc.RpcError, target: str) -> VswitchError:
         if code == grpc.StatusCode.UNAVAILABLE:
             return DaemonUnavailable(
                 code,
-                f"no vswitch daemon answers at {target} ({message})",
+                f"no vswitch daemon answers at {target}",
                 reason="DAEMON_UNAVAILABLE",
                 remedy="start one with `vswitch daemon start`, or name its directory with VSWITCH_RUN_DIR",
             )

@@ -15,12 +15,12 @@ from typing import Annotated, NoReturn, TypeVar
 
 import typer
 
-from vswitchctl import names
+from vswitchctl import names, terminal
 from vswitchctl.aio import AsyncClient
 from vswitchctl.client import VswitchError
 from vswitchctl.launch import LaunchError
 from vswitchlab import graph as pictures
-from vswitchlab import lifecycle, show, terminal
+from vswitchlab import lifecycle, show
 from vswitchlab.guests import environment
 from vswitchlab.lifecycle import LabError
 from vswitchlab.problems import LabFileError

@@ -1,4 +1,4 @@
-"""`lab exec`: a guest's command joined to this terminal: input, output, window size, Ctrl-C, exit status."""
+"""A guest's command joined to this terminal: input, output, window size, Ctrl-C, exit status."""
 
 from __future__ import annotations
 
