@@ -310,7 +310,7 @@ def create_partition(
     vp_count: int = 0,
     labels: Mapping[str, str] | None = None,
 ) -> Call[partition_pb2.Partition]:
-    """A process partition, not yet started. `kind`: netns, idle or scapy; `guest_link`: tap, veth or None for
+    """A process partition, not yet started. `kind`: netns; `guest_link`: tap, veth or None for
     auto.
     """
     process = partition_pb2.ProcessSpec(

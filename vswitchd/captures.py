@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from vswitch.capture.ports import PortCapture
 from vswitch.capture.vmbus import VmbusCapture, VmbusDirection
-
 from vswitch_api.v1 import capture_pb2
 from vswitchd.core import now
 from vswitchd.errors import exhausted, invalid, not_found
@@ -164,8 +163,8 @@ class CaptureManager:
         partition = record.running()
         capture = VmbusCapture(record.id, snaplen=request.snap_length, packet_limit=request.packet_limit)
 
-        def observe(direction: VmbusDirection, message: bytes, timestamp_ns: int) -> None:
-            capture.observe_message(direction, message, timestamp_ns)
+        def observe(direction: str, message: bytes, timestamp_ns: int) -> None:
+            capture.observe_message("in" if direction == "in" else "out", message, timestamp_ns)
 
         partition.vmbus.tap.append(observe)
         collector = asyncio.create_task(_collect(nics, capture))

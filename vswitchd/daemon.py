@@ -11,8 +11,8 @@ import signal
 from collections.abc import Iterator
 
 import grpc.aio
-from hypervisor import Hypervisor
 
+from hypervisor import Hypervisor
 from vswitchd import rundir
 from vswitchd.access import AccessPolicy, Role
 from vswitchd.captures import CaptureManager

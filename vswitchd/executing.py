@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator
 
 from hypervisor import AgentError, DoorLost, GuestProcess
 from hypervisor.partition import PartitionError
-
 from vswitch_api.v1 import partition_pb2
 from vswitchd.errors import ApiError, invalid, unavailable
 from vswitchd.partitions import PartitionManager
@@ -48,10 +47,10 @@ class Executor:
         streams = CommandStreams(start.terminal if start.HasField("terminal") else None)
         process: GuestProcess | None = None
         feeding: asyncio.Task[None] | None = None
-        ended: asyncio.Future[int] | None = None
+        ended: asyncio.Future[tuple[int, str]] | None = None
         try:
             try:
-                process = await partition.start_program(
+                process = await partition.exec(
                     list(start.argv),
                     dict(start.env),
                     *streams.inner,
@@ -60,7 +59,7 @@ class Executor:
                 )
             except AgentError as error:
                 yield partition_pb2.ExecResponse(
-                    exit=partition_pb2.ExecExit(status=127, detail=f"{start.argv[0]}: {error}")
+                    exit=partition_pb2.ExecExit(status=127, detail=error.strerror or str(error))
                 )
                 return
             except (DoorLost, PartitionError) as error:
@@ -75,7 +74,7 @@ class Executor:
                 if feeding.done():
                     feeding.result()
             try:
-                code = await ended
+                code = os.waitstatus_to_exitcode((await ended)[0])
             except DoorLost as error:
                 raise _lost(record.name, error) from None
             process = None
@@ -164,7 +163,9 @@ class CommandStreams:
             rows, columns = min(size.rows or 24, 0xFFFF), min(size.columns or 80, 0xFFFF)
             fcntl.ioctl(self._input, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
-    async def output(self, ended: asyncio.Future[int]) -> AsyncIterator[partition_pb2.ExecResponse]:
+    async def output(
+        self, ended: asyncio.Future[tuple[int, str]]
+    ) -> AsyncIterator[partition_pb2.ExecResponse]:
         """What the command writes, until it and all that share its output are done.
 
         When the command has `ended` and something else keeps its output open, that is not waited for.

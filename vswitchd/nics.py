@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from hypervisor import Offer, Partition
-
 from netvsp import SyntheticNic
 from vswitch_api.v1 import common_pb2, nic_pb2
 from vswitchd.core import Core, now

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from hypervisor import Hypervisor, Partition
-
 from vswitch_api.v1 import nic_pb2, partition_pb2
 from vswitchd.core import Core, engine_value, new_uid, now
 from vswitchd.errors import (
@@ -49,8 +48,6 @@ STOP_SECONDS = 2.0
 MAX_STOP_SECONDS = 60.0
 KINDS = {
     partition_pb2.PROCESS_KIND_NETNS: "netns",
-    partition_pb2.PROCESS_KIND_IDLE: "idle",
-    partition_pb2.PROCESS_KIND_SCAPY: "scapy",
 }
 LINKS = {
     partition_pb2.GUEST_LINK_UNSPECIFIED: "auto",
@@ -284,12 +281,13 @@ class PartitionManager:
     async def _attach(self, record: PartitionRecord, partition: Partition, seconds: float) -> None:
         """Offers the NICs, connects the door, has the agent configure what it finds."""
         assert record.guest is not None
-        partition.on_detached.append(lambda _, why: self._door_lost(record, partition, why))
-        partition.on_changed.append(lambda _: self._save_soon(record))
+        partition.on_detached.append(self._door_lost(record, partition))
+        partition.on_changed.append(lambda: self._save_soon(record))
         for nic in record.nics.values():
             await self._workshop.offer(nic, partition)
-        attaching = asyncio.ensure_future(partition.attach(seconds))
-        await asyncio.wait([attaching, record.guest.ended], return_when=asyncio.FIRST_COMPLETED)
+        attaching = asyncio.create_task(partition.attach(seconds))
+        ending: list[asyncio.Future[Any]] = [attaching, record.guest.ended]
+        await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
         if not attaching.done():
             attaching.cancel()
             raise RuntimeError(f"the guest {record.guest.ended.result()}")
@@ -298,8 +296,6 @@ class PartitionManager:
 
     async def _configure(self, record: PartitionRecord, partition: Partition) -> None:
         process = record.message.process
-        if process.kind == partition_pb2.PROCESS_KIND_IDLE:
-            return
         await partition.configure(
             {
                 "hostname": process.hostname,
@@ -399,9 +395,12 @@ class PartitionManager:
 
         return ended
 
-    def _door_lost(self, record: PartitionRecord, partition: Partition, why: str) -> None:
-        if record.partition is partition:
-            self._settle(record, f"its door is lost: {why}", "door_lost")
+    def _door_lost(self, record: PartitionRecord, partition: Partition) -> Callable[[str], None]:
+        def lost(why: str) -> None:
+            if record.partition is partition:
+                self._settle(record, f"its door is lost: {why}", "door_lost")
+
+        return lost
 
     def _settle(self, record: PartitionRecord, why: str, kind: str) -> None:
         if record.message.state != RUNS:

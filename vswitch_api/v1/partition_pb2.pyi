@@ -33,10 +33,6 @@ class _ProcessKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ProcessKi
     """The same as NETNS."""
     PROCESS_KIND_NETNS: _ProcessKind.ValueType  # 1
     """A network namespace with an ordinary interface: ping, curl, iperf3 run unmodified."""
-    PROCESS_KIND_IDLE: _ProcessKind.ValueType  # 2
-    """A VMBus client without a network driver."""
-    PROCESS_KIND_SCAPY: _ProcessKind.ValueType  # 3
-    """Frames to and from scapy."""
 
 class ProcessKind(_ProcessKind, metaclass=_ProcessKindEnumTypeWrapper): ...
 
@@ -44,10 +40,6 @@ PROCESS_KIND_UNSPECIFIED: ProcessKind.ValueType  # 0
 """The same as NETNS."""
 PROCESS_KIND_NETNS: ProcessKind.ValueType  # 1
 """A network namespace with an ordinary interface: ping, curl, iperf3 run unmodified."""
-PROCESS_KIND_IDLE: ProcessKind.ValueType  # 2
-"""A VMBus client without a network driver."""
-PROCESS_KIND_SCAPY: ProcessKind.ValueType  # 3
-"""Frames to and from scapy."""
 Global___ProcessKind: _TypeAlias = ProcessKind  # noqa: Y015
 
 class _GuestLink:

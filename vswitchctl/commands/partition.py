@@ -15,7 +15,9 @@ from vswitchctl.commands.choices import EngineChoice, engine_text, pairs, short_
 from vswitchctl.output import Columns, Format, write_list, write_one
 from vswitchctl.session import Force, Output, ShowRpc
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Guests: start, stop, run commands inside.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Guests: start, stop, run commands inside."
+)
 
 Name = Annotated[str, typer.Argument(metavar="PARTITION", help="Name of the partition.")]
 
@@ -45,8 +47,6 @@ class Kind(StrEnum):
     """What runs in a process partition."""
 
     NETNS = "netns"
-    IDLE = "idle"
-    SCAPY = "scapy"
 
 
 class GuestLink(StrEnum):
