@@ -183,7 +183,8 @@ class RawGuest:
         hello = await self.accept()
         self.send(wire.HelloAck(), self.hello_sequence)
         await attaching
-        regions = [Region(entry.gpa, entry.size, fd) for entry, fd in zip(hello.regions, self.fds, strict=False)]
+        pairs = zip(hello.regions, self.fds, strict=False)
+        regions = [Region(entry.gpa, entry.size, fd) for entry, fd in pairs]
         self.memory = GuestMemory(regions)
         return self
 

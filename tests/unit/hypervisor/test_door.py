@@ -15,7 +15,9 @@ from vswitch_wire import synic
 from vswitch_wire.door import ErrorCode
 
 
-def header(kind: int, body: bytes = b"", *, flags: int = 0, length: int | None = None, reserved: int = 0) -> bytes:
+def header(
+    kind: int, body: bytes = b"", *, flags: int = 0, length: int | None = None, reserved: int = 0
+) -> bytes:
     return struct.pack("<HHIII", kind, flags, 1, len(body) if length is None else length, reserved) + body
 
 
@@ -158,7 +160,9 @@ async def test_memory_above_three_gigabytes_goes_around_the_device_hole() -> Non
 
 async def test_a_flood_of_frames_slows_only_its_sender(world: World) -> None:
     quotas = Quotas(frames_per_second=2000, frames_burst=100)
-    flooder = await RawGuest(await world.host.create_partition("a", memory_bytes=1 << 20, quotas=quotas)).attach()
+    flooder = await RawGuest(
+        await world.host.create_partition("a", memory_bytes=1 << 20, quotas=quotas)
+    ).attach()
     other = await (await world.guest("b")).boot()
     frame = wire.pack(wire.MsrRead(0, synic.HV_X64_MSR_VP_INDEX), 1)
     loop = asyncio.get_running_loop()
@@ -176,7 +180,7 @@ async def test_a_flood_of_frames_slows_only_its_sender(world: World) -> None:
         before = loop.time()
         await other.door.read_msr(0, synic.HV_X64_MSR_VP_INDEX)
         slowest = max(slowest, loop.time() - before)
-    print(f"flood: {sent} frames taken in 1 s, blocked {blocked} times, the other's slowest call {slowest * 1e3:.1f} ms")
+    print(f"flood: {sent} frames taken in 1 s, blocked {blocked} times, slowest other {slowest * 1e3:.1f} ms")
     # What the host took: burst, rate, and what the socket's buffer holds.
     assert sent < 4000
     assert blocked
@@ -186,7 +190,9 @@ async def test_a_flood_of_frames_slows_only_its_sender(world: World) -> None:
 
 async def test_a_guest_that_takes_no_answers_is_not_read_any_more(world: World) -> None:
     quotas = Quotas(send_backlog=8, frames_per_second=10**6, frames_burst=10**6)
-    guest = await RawGuest(await world.host.create_partition("a", memory_bytes=1 << 20, quotas=quotas)).attach()
+    guest = await RawGuest(
+        await world.host.create_partition("a", memory_bytes=1 << 20, quotas=quotas)
+    ).attach()
     frame = wire.pack(wire.MsrRead(0, synic.HV_X64_MSR_VP_INDEX), 1)
     assert guest.sock is not None
     sent = idle = 0

@@ -1,4 +1,4 @@
-"""Hypercalls as a guest makes them: statuses, privileges, alignment, fast and memory forms, partitions of its own."""
+"""Hypercalls as a guest makes them: statuses, privileges, alignment, both forms, partitions of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ SELF = hypercall.HV_PARTITION_ID_SELF
 
 @pytest_asyncio.fixture
 async def guest(world: World) -> AsyncIterator[RawGuest]:
-    guest = await RawGuest(await world.host.create_partition("a", memory_bytes=1 << 20, privileges=PARENT)).attach()
+    guest = await RawGuest(
+        await world.host.create_partition("a", memory_bytes=1 << 20, privileges=PARENT)
+    ).attach()
     yield guest
     guest.close()
 
@@ -200,9 +202,15 @@ async def test_children_are_counted_and_depth_is_bounded(world: World) -> None:
     assert statuses == [0, 0, HvStatus.NO_RESOURCES]
     child = next(iter(partition.children.values()))
     inner = await RawGuest(child).attach()
-    assert await inner.call(hypercall.HvCallCreatePartition, create, output=OUTPUT) == HvStatus.PARTITION_TOO_DEEP
+    assert (
+        await inner.call(hypercall.HvCallCreatePartition, create, output=OUTPUT)
+        == HvStatus.PARTITION_TOO_DEEP
+    )
     strange = hypercall.CreatePartition(flags=1).pack()
-    assert await guest.call(hypercall.HvCallCreatePartition, strange, output=OUTPUT) == HvStatus.INVALID_PARAMETER
+    assert (
+        await guest.call(hypercall.HvCallCreatePartition, strange, output=OUTPUT)
+        == HvStatus.INVALID_PARAMETER
+    )
     await partition.delete()
     assert not [entry for entry in world.host.partitions.values() if entry.name.startswith("p")]
     guest.close()
@@ -210,7 +218,11 @@ async def test_children_are_counted_and_depth_is_bounded(world: World) -> None:
 
 
 async def test_a_plain_guest_may_not_create_partitions(world: World) -> None:
-    guest = await RawGuest(await world.host.create_partition("b", memory_bytes=1 << 20, privileges=GUEST)).attach()
-    status = await guest.call(hypercall.HvCallCreatePartition, hypercall.CreatePartition().pack(), output=OUTPUT)
+    guest = await RawGuest(
+        await world.host.create_partition("b", memory_bytes=1 << 20, privileges=GUEST)
+    ).attach()
+    status = await guest.call(
+        hypercall.HvCallCreatePartition, hypercall.CreatePartition().pack(), output=OUTPUT
+    )
     assert status == HvStatus.ACCESS_DENIED
     guest.close()
