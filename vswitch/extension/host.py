@@ -20,13 +20,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vswitch.engine import DatapathEvent, EventKind
 from vswitch.extension.control import Ready
 from vswitch.extension.loader import MAX_SOURCE, ExtensionLoadError
 from vswitch.extension.process import ExtensionProcess
 from vswitch.upcall import ExtensionChannel, FailureMode
+
+if TYPE_CHECKING:
+    from vswitch.switch import Switch
 
 __all__ = [
     "BackOff",
@@ -50,6 +53,22 @@ class Stack(Protocol):
     def fail_extension(self, extension_id: int, why: str) -> None: ...
 
     def flush_flows(self) -> None: ...
+
+
+class _SwitchStack:
+    """A switch as a `Stack`: it remembers its extensions, its datapath does the rest."""
+
+    def __init__(self, switch: Switch) -> None:
+        self._switch = switch
+
+    async def set_extensions(self, channels: Iterable[ExtensionChannel]) -> None:
+        await self._switch.set_extensions(tuple(channels))
+
+    def fail_extension(self, extension_id: int, why: str) -> None:
+        self._switch.datapath.fail_extension(extension_id, why)
+
+    def flush_flows(self) -> None:
+        self._switch.datapath.flush_flows()
 
 
 class ExtensionState(Enum):
@@ -149,6 +168,13 @@ class _Loaded:
 class ExtensionHost:
     """Loads extensions into one datapath and keeps them running."""
 
+    @classmethod
+    def of(cls, switch: Switch, **options: Any) -> ExtensionHost:
+        """The host of a switch's extensions; the keyword arguments are those of the class."""
+        host = cls(_SwitchStack(switch), **options)
+        switch.on_event(host.on_datapath_event)
+        return host
+
     def __init__(
         self,
         stack: Stack,
@@ -181,7 +207,8 @@ class ExtensionHost:
         try:
             await self._start(loaded)
         except BaseException:
-            del self._loaded[name]
+            if self._loaded.get(name) is loaded:
+                del self._loaded[name]
             raise
         assert loaded.ready is not None
         self._tell(ExtensionEventKind.LOADED, loaded, f"class {loaded.ready.class_name} of {file_name}")
@@ -206,24 +233,31 @@ class ExtensionHost:
         loaded = self._loaded.pop(name, None)
         if loaded is None:
             raise KeyError(f"extension {name} is not loaded; loaded are: {', '.join(self._loaded) or 'none'}")
-        if loaded.restarting is not None:
-            loaded.restarting.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await loaded.restarting
+        await self._cancel_restart(loaded)
         loaded.state = ExtensionState.FAILED  # from here on the end of its process is expected
         await self._publish()
         await self._end(loaded)
         self._tell(ExtensionEventKind.UNLOADED, loaded, "")
 
     async def set_on_failure(self, name: str, on_failure: FailureMode) -> ExtensionInfo:
-        """Change what happens to frames while the extension has failed. KeyError if unknown."""
+        """Change what happens to frames while the extension has failed. KeyError if unknown.
+
+        The mode belongs to a channel's whole life, so a fresh process on a channel of its own takes over:
+        frames always meet one or the other. Raises ExtensionLoadError when it cannot start; then nothing
+        changed.
+        """
         loaded = self._find(name)
-        loaded.on_failure = on_failure
-        if loaded.channel is not None:
-            loaded.channel = dataclasses.replace(loaded.channel, on_failure=on_failure)
-            await self._publish()
+        if on_failure == loaded.on_failure:
+            return self._info(loaded)
+        before, loaded.on_failure = loaded.on_failure, on_failure
+        await self._cancel_restart(loaded)
+        try:
+            await self._start(loaded)
+        except BaseException:
+            loaded.on_failure = before
             if loaded.state is ExtensionState.FAILED:
-                self._stack.fail_extension(loaded.channel.id, loaded.detail)
+                loaded.restarting = asyncio.get_running_loop().create_task(self._restart(loaded))
+            raise
         return self._info(loaded)
 
     def get(self, name: str) -> ExtensionInfo:
@@ -261,21 +295,24 @@ class ExtensionHost:
             process, ready = await ExtensionProcess.spawn(
                 channel, loaded.source, loaded.file_name, self._load_timeout
             )
+            if self._loaded.get(loaded.name) is not loaded:
+                await process.kill()
+                raise ExtensionLoadError(f"extension {loaded.name} was unloaded while it was being loaded")
         except BaseException:
             channel.close()
             raise
-        old, loaded.channel = (
-            loaded.channel,
-            dataclasses.replace(channel, on_failure=loaded.on_failure, passes=ready.passes),
-        )
+        old_channel, old_process = loaded.channel, loaded.process
+        loaded.channel = dataclasses.replace(channel, passes=ready.passes)
         loaded.process, loaded.ready = process, ready
-        process.on_stale = lambda attribute: self._stale(loaded, attribute)
-        await self._publish()
-        if old is not None:
-            old.close()
         loaded.state = ExtensionState.RUNNING
         loaded.running_since = time.monotonic()
+        process.on_stale = lambda attribute: self._stale(loaded, attribute)
         process.ended.add_done_callback(lambda ended: self._process_ended(loaded, process, ended))
+        await self._publish()
+        if old_channel is not None:
+            old_channel.close()
+        if old_process is not None:
+            await old_process.kill()
 
     async def _publish(self) -> None:
         """Give the datapath the channels as they are now."""
@@ -292,6 +329,13 @@ class ExtensionHost:
             loaded.channel.close()
             loaded.channel = None
 
+    async def _cancel_restart(self, loaded: _Loaded) -> None:
+        restarting, loaded.restarting = loaded.restarting, None
+        if restarting is not None:
+            restarting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await restarting
+
     def _process_ended(self, loaded: _Loaded, process: ExtensionProcess, ended: asyncio.Future[str]) -> None:
         if loaded.process is process:
             self._failed(loaded, f"its process {ended.result()}")
@@ -301,7 +345,8 @@ class ExtensionHost:
             return
         loaded.state = ExtensionState.FAILED
         loaded.detail = why
-        self._stack.fail_extension(loaded.channel.id, why)
+        with contextlib.suppress(KeyError):  # it failed before the datapath had it
+            self._stack.fail_extension(loaded.channel.id, why)
         if time.monotonic() - loaded.running_since >= self._back_off.healthy:
             loaded.failures_in_a_row = 0
         loaded.failures_in_a_row += 1

@@ -255,7 +255,7 @@ class Packet:
     def __init__(self, request: UpcallRequest) -> None:
         self._request = request
         self._data = request.data
-        self._ethertype, self._l3 = _ethertype(self._data)
+        self._ethertype, self._l3 = _ethertype(self._data, request.vlan_tci is None)
         self._fields = 0
         self._cacheable = True
         self._ip_parsed: tuple[int, int, int, int] | bool | None = False
@@ -318,7 +318,7 @@ class Packet:
         self._record(Field.VLAN_TCI.bit)
         if self._request.vlan_tci is not None:
             return self._request.vlan_tci
-        if self._l3 == 18:
+        if self._l3 == 18:  # a tag in the frame was skipped
             return int.from_bytes(self._data[14:16], "big")
         return None
 
@@ -459,12 +459,12 @@ def mac_text(address: bytes) -> str:
     return address.hex(":")
 
 
-def _ethertype(data: bytes) -> tuple[int, int]:
-    """The EtherType behind one 802.1Q tag, and the offset of what follows it. 0 for frames cut short."""
+def _ethertype(data: bytes, may_be_tagged: bool) -> tuple[int, int]:
+    """The EtherType, behind the tag of a frame that has none beside it, and the offset of what follows."""
     if len(data) < 14:
         return 0, len(data)
     ethertype = int.from_bytes(data[12:14], "big")
-    if ethertype == ETHERTYPE_VLAN and len(data) >= 18:
+    if may_be_tagged and ethertype == ETHERTYPE_VLAN and len(data) >= 18:
         return int.from_bytes(data[16:18], "big"), 18
     return ethertype, 14
 

@@ -7,6 +7,7 @@ kept to its last lines and logged up to a limit. All callbacks run on the asynci
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -27,6 +28,8 @@ MAX_STALE = 1000
 KEPT_LINES = 50
 LOGGED_LINES = 1000
 LINE_BYTES = 1024
+KILL_PATIENCE = 2.0
+"""Seconds until a parent that does not react is killed itself; the kernel then kills its child."""
 
 _log = logging.getLogger("vswitch.extension")
 
@@ -120,10 +123,21 @@ class ExtensionProcess:
         return cls(child, ours, channel.name)
 
     async def kill(self) -> str:
-        """End it now, and return how it ended. The parent of the confined process takes it along."""
+        """End it now, and return how it ended: then the confined process is gone as well."""
         if not self.ended.done():
-            self._child.send_signal(signal.SIGKILL)
+            self._hang_up()
+            try:
+                async with asyncio.timeout(KILL_PATIENCE):
+                    return await asyncio.shield(self.ended)
+            except TimeoutError:
+                self._child.send_signal(signal.SIGKILL)
         return await asyncio.shield(self.ended)
+
+    def _hang_up(self) -> None:
+        """The parent of the confined process kills it when this end of the socket closes, and follows it."""
+        self._loop.remove_reader(self._connection)
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
 
     def _reap(self) -> None:
         code = self._child.poll()
@@ -178,8 +192,7 @@ class ExtensionProcess:
 
     def _misbehave(self, why: str) -> None:
         self._misbehaved = why
-        self._loop.remove_reader(self._connection)
-        self._child.send_signal(signal.SIGKILL)
+        self._hang_up()
 
     def _read_output(self) -> None:
         try:

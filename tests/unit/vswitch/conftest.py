@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from switch_world import World
 
 import vswitch_native
-from switch_world import World
 from vswitch_wire.engine import Engine
 
 NATIVE = pytest.param(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-
 from switch_frames import BROADCAST, ethernet, ipv4, mac, tagged, tcp
 from switch_world import World
+
 from vswitch.drops import DropReason
 from vswitch.endpoint import Checksum, Frame, Offload
 from vswitch.engine import Limits
