@@ -496,7 +496,7 @@ def _parse_ipv6(data: bytes, start: int) -> tuple[int, int, int, int] | None:
             if len(data) < offset + 8:
                 return None
             word = int.from_bytes(data[offset + 2 : offset + 4], "big")
-            fragment = word >> 3 | (word & 1) << 13
+            fragment |= word >> 3 | (word & 1) << 13
             proto, offset = data[offset], offset + 8
             if word >> 3:
                 break
