@@ -10,11 +10,12 @@ from collections import deque
 from typing import Protocol
 
 from vswitch.drops import DropReason
-from vswitch.endpoint import Frame
+from vswitch.endpoint import Checksum, Frame, Offload
+from vswitch.engine import MAX_FRAME_BYTES
 from vswitch_wire.engine import Engine, check_engine
 from vswitch_wire.memory import drain_fd, signal_fd
 
-__all__ = ["InProcessEndpoint", "PythonQueueEndpoint", "make_endpoint"]
+__all__ = ["InProcessEndpoint", "NativeQueueEndpoint", "PythonQueueEndpoint", "make_endpoint"]
 
 DEFAULT_LIMIT = 4096
 
@@ -33,7 +34,7 @@ class InProcessEndpoint(Protocol):
         ...
 
     def send(self, frame: Frame | bytes) -> bool:
-        """Gives a frame to the switch; False = the queue is full."""
+        """Gives a frame to the switch; False = the queue is full. Raises ValueError for more than 65553 bytes."""
         ...
 
     def received(self) -> list[Frame]:
@@ -66,6 +67,7 @@ class PythonQueueEndpoint:
         return self._ready
 
     def send(self, frame: Frame | bytes) -> bool:
+        _check(frame)
         if len(self._to_switch) >= self._limit:
             return False
         self._to_switch.append(frame if isinstance(frame, Frame) else Frame(bytes(frame)))
@@ -110,7 +112,50 @@ class PythonQueueEndpoint:
         return bool(self._to_switch)
 
 
+class NativeQueueEndpoint:
+    """For the native engine: the queues are native, so that the worker never waits for Python."""
+
+    def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
+        from vswitch_native import switch as native
+
+        self._queue = native.QueueEndpoint(limit)
+
+    @property
+    def endpoint(self) -> object:
+        return self._queue.handle()
+
+    @property
+    def fd(self) -> int:
+        return self._queue.fd
+
+    def send(self, frame: Frame | bytes) -> bool:
+        _check(frame)
+        if isinstance(frame, Frame):
+            offload = (
+                int(frame.offload.checksum),
+                frame.offload.ip_checksum,
+                frame.offload.l4_offset,
+                frame.offload.mss,
+            )
+            return self._queue.send(bytes(frame.data), offload, frame.vlan_tci, frame.hash)
+        return self._queue.send(bytes(frame))
+
+    def received(self) -> list[Frame]:
+        return [
+            Frame(data, Offload(Checksum(checksum), ip_checksum, l4_offset, mss), vlan_tci, hash)
+            for data, (checksum, ip_checksum, l4_offset, mss), vlan_tci, hash in self._queue.received()
+        ]
+
+    def close(self) -> None:
+        """The fds close with the last of both sides."""
+
+
+def _check(frame: Frame | bytes) -> None:
+    length = len(frame.data if isinstance(frame, Frame) else frame)
+    if length > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {length} bytes, at most {MAX_FRAME_BYTES} are possible")
+
+
 def make_endpoint(engine: Engine, limit: int = DEFAULT_LIMIT) -> InProcessEndpoint:
     """An endpoint for `engine`; `limit` frames wait in each direction at most."""
-    check_engine(engine)
-    return PythonQueueEndpoint(limit)
+    return PythonQueueEndpoint(limit) if check_engine(engine) == "python" else NativeQueueEndpoint(limit)

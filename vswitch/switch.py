@@ -47,8 +47,11 @@ EVENTS_KEPT = 1024
 
 def make_datapath(engine: Engine, *, limits: Limits | None = None, manual_time: bool = False) -> Datapath:
     """A datapath of the engine. Raises RuntimeError where the native one is asked for and not built."""
-    check_engine(engine)
-    return PythonDatapath(limits=limits, manual_time=manual_time)
+    if check_engine(engine) == "python":
+        return PythonDatapath(limits=limits, manual_time=manual_time)
+    from vswitch.engine.native import NativeDatapath
+
+    return NativeDatapath(limits=limits, manual_time=manual_time)
 
 
 class Port:

@@ -28,6 +28,7 @@ __all__ = [
     "UpcallError",
     "UpcallReply",
     "UpcallRequest",
+    "check_channels",
 ]
 
 VERSION = 1
@@ -197,3 +198,16 @@ class ExtensionChannel:
         """Closes the three fds."""
         for fd in (self.memfd, self.request_fd, self.reply_fd):
             os.close(fd)
+
+
+def check_channels(channels: Iterable[ExtensionChannel]) -> list[ExtensionChannel]:
+    """The channels as a list. Raises ValueError if two have one id, or one is of a kind that no engine
+    runs."""
+    wanted = list(channels)
+    if len({channel.id for channel in wanted}) != len(wanted):
+        raise ValueError("two extension channels have the same id")
+    for channel in wanted:
+        if channel.kind != "filter":
+            text = f"extension {channel.name} is of kind {channel.kind}: this switch runs filter extensions"
+            raise ValueError(f"{text}; load it as a filter")
+    return wanted

@@ -1,8 +1,93 @@
 """Typed surface of the native `switch` submodule."""
 
+from collections.abc import Sequence
+from typing import Any
+
+_Offload = tuple[int, bool, int, int]
+_Drop = tuple[int, str, str | None]
+_Step = tuple[str, str, str, int, int | None, int | None, str | None]
+
 class EndpointHandle:
-    """A native endpoint (made by `vswitch_native.netvsp` or `InProcessEndpoint`) on its way to `Datapath.attach`."""
+    """A native endpoint on its way to `Datapath.attach`, made by `netvsp` or `QueueEndpoint`."""
 
     @property
     def available(self) -> bool:
         """False once a datapath has taken the endpoint."""
+
+class QueueEndpoint:
+    """An endpoint whose other side is this process; `limit` frames wait in each direction at most."""
+
+    def __init__(self, limit: int) -> None: ...
+    @property
+    def fd(self) -> int: ...
+    def handle(self) -> EndpointHandle: ...
+    def send(
+        self, data: bytes, offload: _Offload = ..., vlan_tci: int | None = None, hash: int | None = None
+    ) -> bool: ...
+    def received(self) -> list[tuple[bytes, _Offload, int | None, int | None]]: ...
+
+class CaptureTap:
+    @property
+    def fd(self) -> int: ...
+    @property
+    def lost(self) -> int: ...
+    def read(
+        self, limit: int
+    ) -> list[
+        tuple[int, int, bool, int, bytes, int, int | None, _Offload, tuple[int, str | None, str] | None]
+    ]:
+        """Rows of timestamp, port id, outward, packet id, data, original length, TCI, offload, drop."""
+    def close(self) -> None: ...
+
+class Datapath:
+    """One datapath with its worker thread; `vswitch.engine.native.NativeDatapath` wraps it."""
+
+    def __init__(self, limits: Sequence[int], manual_time: bool) -> None:
+        """`limits`: the ten of `vswitch.engine.Limits` in their order, times in nanoseconds."""
+    @property
+    def event_fd(self) -> int: ...
+    def add_port(self, port_id: int, name: str, mtu: int) -> None: ...
+    def remove_port(self, port_id: int) -> None: ...
+    def attach(self, port_id: int, handle: EndpointHandle) -> None: ...
+    def detach(self, port_id: int) -> None: ...
+    def port_counters(self, port_id: int) -> tuple[dict[str, Any], dict[str, Any]]: ...
+    def switch_counters(self) -> dict[str, Any]: ...
+    def extension_counters(self) -> list[tuple[int, int, int, int, int, bool, str]]: ...
+    def mac_table(self) -> list[tuple[int, int, int, int]]: ...
+    def flows(
+        self,
+    ) -> list[
+        tuple[
+            int,
+            list[int],
+            tuple[_Drop | None, list[tuple[int, _Drop | None]]],
+            int,
+            int,
+            int,
+            int | None,
+        ]
+    ]: ...
+    def flush_flows(self) -> None: ...
+    def set_extensions(
+        self, channels: Sequence[tuple[int, str, bool, int, int, int, bool, bool]]
+    ) -> None: ...
+    def fail_extension(self, id: int, why: str) -> bool: ...
+    def open_tap(self, ports: Sequence[int] | None, snaplen: int, drops: bool) -> CaptureTap: ...
+    def inject(
+        self,
+        port_id: int,
+        data: bytes,
+        offload: _Offload = ...,
+        vlan_tci: int | None = None,
+        hash: int | None = None,
+    ) -> None: ...
+    def trace(
+        self, id: int, port_id: int, data: bytes, offload: _Offload = ..., vlan_tci: int | None = None
+    ) -> None: ...
+    def barrier(self, id: int) -> None: ...
+    def advance(self, ns: int) -> None: ...
+    def events(self) -> list[tuple[str, int, str, list[_Step]]]: ...
+    def close(self) -> None: ...
+
+def drop_reasons() -> list[tuple[str, int]]:
+    """Name (in Rust's spelling) and code of every drop reason."""

@@ -31,6 +31,7 @@ from vswitch.upcall import ExtensionChannel, ExtensionKind, FailureMode
 __all__ = [
     "BATCH",
     "HEAD_BYTES",
+    "MAX_FRAME_BYTES",
     "NO_PORT",
     "CaptureTap",
     "CapturedFrame",
@@ -57,6 +58,8 @@ BATCH = 64
 """Frames taken from one endpoint per turn."""
 HEAD_BYTES = 192
 """Bytes of a frame that the parser may look at; the native engine copies these once and judges the copy."""
+MAX_FRAME_BYTES = 65535 + 18
+"""The longest frame that the switch carries: a large send with its Ethernet header and VLAN tag."""
 NO_PORT = 0
 """Port 0 is the switch itself and is never created."""
 

@@ -43,7 +43,9 @@ impl Clock {
     pub fn wall_ns(&self) -> u64 {
         match self {
             Clock::System(_) => {
-                let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                let since = SystemTime::now()
+                    .duration_since(UNIX_EPOCH)
+                    .unwrap_or_default();
                 u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
             }
             Clock::Manual(_) => self.now_ns(),

@@ -66,7 +66,9 @@ impl Surroundings for Tables {
     }
 
     fn port_name(&self, port_id: u32) -> String {
-        self.ports.get(&port_id).map_or_else(|| port_id.to_string(), |port| port.name.clone())
+        self.ports
+            .get(&port_id)
+            .map_or_else(|| port_id.to_string(), |port| port.name.clone())
     }
 
     fn connected(&self) -> &[u32] {
@@ -94,14 +96,24 @@ impl Surroundings for Tables {
 
     fn egress_policy(&self, packet: &Packet, port_id: u32) -> Option<Drop> {
         match self.ports.get(&port_id) {
-            Some(Port { endpoint: Some(_), mtu, .. }) => {
+            Some(Port {
+                endpoint: Some(_),
+                mtu,
+                ..
+            }) => {
                 if packet.l3_length > *mtu && packet.mss == 0 {
-                    let detail = format!("{} bytes exceed the destination's MTU of {mtu}", packet.l3_length);
+                    let detail = format!(
+                        "{} bytes exceed the destination's MTU of {mtu}",
+                        packet.l3_length
+                    );
                     return Some(Drop::new(DropReason::MtuMismatch, detail));
                 }
                 None
             }
-            _ => Some(Drop::new(DropReason::Disconnected, "no NIC is connected to the port")),
+            _ => Some(Drop::new(
+                DropReason::Disconnected,
+                "no NIC is connected to the port",
+            )),
         }
     }
 }
@@ -171,7 +183,13 @@ impl Core {
         if self.tables.ports.contains_key(&port_id) {
             return Err(format!("port {port_id} exists already"));
         }
-        let port = Port { name, mtu, endpoint: None, counters: PortCounters::default(), walks: 0 };
+        let port = Port {
+            name,
+            mtu,
+            endpoint: None,
+            counters: PortCounters::default(),
+            walks: 0,
+        };
         self.tables.ports.insert(port_id, port);
         Ok(())
     }
@@ -187,7 +205,10 @@ impl Core {
 
     /// Whether the port exists, and whether it has an endpoint.
     pub fn port_state(&self, port_id: u32) -> Option<bool> {
-        self.tables.ports.get(&port_id).map(|port| port.endpoint.is_some())
+        self.tables
+            .ports
+            .get(&port_id)
+            .map(|port| port.endpoint.is_some())
     }
 
     pub fn attach(&mut self, port_id: u32, endpoint: Box<dyn Endpoint>) {
@@ -200,7 +221,11 @@ impl Core {
     /// Lets go of the port's endpoint: it is dropped before this returns.
     pub fn detach(&mut self, port_id: u32) {
         self.flush();
-        let endpoint = self.tables.ports.get_mut(&port_id).and_then(|port| port.endpoint.take());
+        let endpoint = self
+            .tables
+            .ports
+            .get_mut(&port_id)
+            .and_then(|port| port.endpoint.take());
         if endpoint.is_some() {
             drop(endpoint);
             self.changed();
@@ -216,7 +241,12 @@ impl Core {
     /// Takes one batch from the port's endpoint; true = there is, or may be, more.
     pub fn service(&mut self, port_id: u32, batch: &mut Batch) -> bool {
         batch.clear();
-        let Some(endpoint) = self.tables.ports.get_mut(&port_id).and_then(|port| port.endpoint.as_mut()) else {
+        let Some(endpoint) = self
+            .tables
+            .ports
+            .get_mut(&port_id)
+            .and_then(|port| port.endpoint.as_mut())
+        else {
             return false;
         };
         let more = endpoint.receive(batch);
@@ -236,15 +266,24 @@ impl Core {
         if busy {
             return true;
         }
-        let endpoint = self.tables.ports.get_mut(&port_id).and_then(|port| port.endpoint.as_mut());
+        let endpoint = self
+            .tables
+            .ports
+            .get_mut(&port_id)
+            .and_then(|port| port.endpoint.as_mut());
         endpoint.is_some_and(|endpoint| endpoint.rearm())
     }
 
     /// Pushes requests to extensions, flushes the endpoints that got frames, answers barriers.
-    pub(crate) fn flush(&mut self) {
+    pub fn flush(&mut self) {
         self.push_links();
         while let Some(port_id) = self.touched.pop() {
-            if let Some(endpoint) = self.tables.ports.get_mut(&port_id).and_then(|port| port.endpoint.as_mut()) {
+            if let Some(endpoint) = self
+                .tables
+                .ports
+                .get_mut(&port_id)
+                .and_then(|port| port.endpoint.as_mut())
+            {
                 endpoint.flush();
             }
         }
@@ -270,7 +309,10 @@ impl Core {
     }
 
     pub fn port_counters(&self, port_id: u32) -> Option<PortCounters> {
-        self.tables.ports.get(&port_id).map(|port| port.counters.clone())
+        self.tables
+            .ports
+            .get(&port_id)
+            .map(|port| port.counters.clone())
     }
 
     pub fn switch_counters(&self) -> SwitchCounters {
@@ -286,13 +328,20 @@ impl Core {
     }
 
     pub(crate) fn wake_fd(&self, port_id: u32) -> Option<std::os::fd::RawFd> {
-        self.tables.ports.get(&port_id)?.endpoint.as_ref().map(|endpoint| endpoint.wake_fd())
+        self.tables
+            .ports
+            .get(&port_id)?
+            .endpoint
+            .as_ref()
+            .map(|endpoint| endpoint.wake_fd())
     }
 
     // -- a frame's way --
 
     fn receive(&mut self, port_id: u32, frame: &FrameRef<'_>) {
-        let Some(port) = self.tables.ports.get_mut(&port_id) else { return };
+        let Some(port) = self.tables.ports.get_mut(&port_id) else {
+            return;
+        };
         self.packet_id += 1;
         let mut packet = Packet::new(self.packet_id, port_id, frame);
         port.counters.rx.count(packet.length, Cast::of(frame.head));
@@ -314,7 +363,12 @@ impl Core {
         }
         let now_ns = self.tables.now_ns;
         if packet.regular {
-            let Tables { flows, counters, macs, .. } = &mut self.tables;
+            let Tables {
+                flows,
+                counters,
+                macs,
+                ..
+            } = &mut self.tables;
             if let Some(entry) = flows.lookup(&packet, now_ns, counters) {
                 let program = entry.program.clone();
                 if let Some(source) = program.source {
@@ -362,8 +416,12 @@ impl Core {
             return;
         }
         self.sight(packet, frame, port_id, true, None);
-        let Some(port) = self.tables.ports.get_mut(&port_id) else { return };
-        let Some(endpoint) = &mut port.endpoint else { return };
+        let Some(port) = self.tables.ports.get_mut(&port_id) else {
+            return;
+        };
+        let Some(endpoint) = &mut port.endpoint else {
+            return;
+        };
         if !self.touched.contains(&port_id) {
             self.touched.push(port_id);
         }
@@ -391,13 +449,24 @@ impl Core {
     fn count_drop(&mut self, port_id: u32, outward: bool, drop: &Drop) {
         self.tables.counters.drops.count(drop.reason);
         if let Some(port) = self.tables.ports.get_mut(&port_id) {
-            let direction = if outward { &mut port.counters.tx } else { &mut port.counters.rx };
+            let direction = if outward {
+                &mut port.counters.tx
+            } else {
+                &mut port.counters.rx
+            };
             direction.count_drop(drop.reason, drop.by.is_some());
         }
     }
 
     /// Shows the frame to the capture taps; costs one look at an empty list when there are none.
-    fn sight(&mut self, packet: &Packet, frame: &FrameRef<'_>, port_id: u32, outward: bool, drop: Option<&Drop>) {
+    fn sight(
+        &mut self,
+        packet: &Packet,
+        frame: &FrameRef<'_>,
+        port_id: u32,
+        outward: bool,
+        drop: Option<&Drop>,
+    ) {
         if self.taps.is_empty() {
             return;
         }
@@ -407,7 +476,11 @@ impl Core {
             if !tap.wants(port_id, drop.is_some()) {
                 continue;
             }
-            let snaplen = if tap.filter.snaplen == 0 { usize::MAX } else { tap.filter.snaplen };
+            let snaplen = if tap.filter.snaplen == 0 {
+                usize::MAX
+            } else {
+                tap.filter.snaplen
+            };
             tap.put(Sighting {
                 timestamp_ns,
                 port_id,
@@ -422,18 +495,38 @@ impl Core {
     }
 
     /// Caches the program if all that it was made from still holds.
-    pub(crate) fn publish(&mut self, packet: &Packet, generation: u64, recorder: &Recorder, program: &Arc<Program>) {
-        let Tables { macs, flows, counters, now_ns, .. } = &mut self.tables;
+    pub(crate) fn publish(
+        &mut self,
+        packet: &Packet,
+        generation: u64,
+        recorder: &Recorder,
+        program: &Arc<Program>,
+    ) {
+        let Tables {
+            macs,
+            flows,
+            counters,
+            now_ns,
+            ..
+        } = &mut self.tables;
         let holds = generation == self.generation
-            && recorder.dependencies.iter().all(|&(key, found)| macs.lookup(key) == found);
+            && recorder
+                .dependencies
+                .iter()
+                .all(|&(key, found)| macs.lookup(key) == found);
         if !holds || !recorder.cacheable || !packet.regular {
             counters.flows_refused += 1;
             return;
         }
-        let mut depends_on: Vec<MacKey> = recorder.dependencies.iter().map(|&(key, _)| key).collect();
+        let mut depends_on: Vec<MacKey> =
+            recorder.dependencies.iter().map(|&(key, _)| key).collect();
         depends_on.dedup();
-        let what =
-            Publication { mask: recorder.mask, program: program.clone(), depends_on, ttl_ns: recorder.ttl_ns };
+        let what = Publication {
+            mask: recorder.mask,
+            program: program.clone(),
+            depends_on,
+            ttl_ns: recorder.ttl_ns,
+        };
         flows.publish(packet, what, *now_ns, counters);
     }
 

@@ -26,7 +26,10 @@ impl Drops {
     /// Reasons that occurred, in the order of their codes.
     pub fn nonzero(&self) -> Vec<(u16, u64)> {
         let pairs = DropReason::ALL.iter().zip(self.0);
-        pairs.filter(|(_, count)| *count != 0).map(|(reason, count)| (reason.code(), count)).collect()
+        pairs
+            .filter(|(_, count)| *count != 0)
+            .map(|(reason, count)| (reason.code(), count))
+            .collect()
     }
 }
 

@@ -14,11 +14,22 @@ const ERRORS_KEPT: usize = 256;
 #[derive(Debug)]
 pub enum Event {
     /// The extension broke the protocol, missed its deadline or died.
-    ExtensionFailed { id: u64, why: String },
+    ExtensionFailed {
+        id: u64,
+        why: String,
+    },
     /// It answered that its code raised.
-    ExtensionError { id: u64, why: String },
-    TraceDone { id: u64, steps: Vec<TraceStep> },
-    BarrierDone { id: u64 },
+    ExtensionError {
+        id: u64,
+        why: String,
+    },
+    TraceDone {
+        id: u64,
+        steps: Vec<TraceStep>,
+    },
+    BarrierDone {
+        id: u64,
+    },
 }
 
 pub struct EventQueue {
@@ -31,7 +42,10 @@ impl EventQueue {
         let fd = eventfd::create()?;
         // SAFETY: a new fd that nobody else owns.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        Ok(EventQueue { queue: Mutex::default(), fd })
+        Ok(EventQueue {
+            queue: Mutex::default(),
+            fd,
+        })
     }
 
     /// Readable while events wait.

@@ -25,7 +25,7 @@ pub const RAW: u64 = 1 << 63;
 
 /// Number of fields that have a value.
 pub const COUNT: usize = 18;
-pub const ALL_BITS: u64 = (1 << COUNT) - 1 | RAW;
+pub const ALL_BITS: u64 = ((1 << COUNT) - 1) | RAW;
 /// 64-bit words of a key.
 pub const WORDS: usize = 9;
 /// [`VLAN_TCI`] of an untagged frame.
@@ -75,7 +75,11 @@ impl Key {
     /// Sets the field with bit `field` (one bit) to `value`, which must fit; bits beyond its width are cut off.
     pub fn set(&mut self, field: u64, value: u64) {
         let (word, shift, width) = LAYOUT[(field.trailing_zeros() as usize).min(COUNT - 1)];
-        let ones = if width >= 64 { u64::MAX } else { (1 << width) - 1 };
+        let ones = if width >= 64 {
+            u64::MAX
+        } else {
+            (1 << width) - 1
+        };
         self.0[word] = self.0[word] & !(ones << shift) | (value & ones) << shift;
     }
 
@@ -88,7 +92,9 @@ impl Key {
 
     /// The value of the field with this bit number.
     pub fn get(&self, number: usize) -> u128 {
-        let Some(&(word, shift, width)) = LAYOUT.get(number) else { return 0 };
+        let Some(&(word, shift, width)) = LAYOUT.get(number) else {
+            return 0;
+        };
         if width == 128 {
             return u128::from(self.0[word]) << 64 | u128::from(self.0[word + 1]);
         }

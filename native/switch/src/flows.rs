@@ -66,7 +66,12 @@ impl FlowCache {
     }
 
     /// The entry for the frame; counts the hit or miss.
-    pub fn lookup(&mut self, packet: &Packet, now_ns: u64, counters: &mut SwitchCounters) -> Option<&mut FlowEntry> {
+    pub fn lookup(
+        &mut self,
+        packet: &Packet,
+        now_ns: u64,
+        counters: &mut SwitchCounters,
+    ) -> Option<&mut FlowEntry> {
         let mut found = None;
         for table in &self.tables {
             if let Some(&slot) = table.entries.get(&packet.key.masked(&table.bits)) {
@@ -75,7 +80,11 @@ impl FlowCache {
             }
         }
         if let Some(slot) = found {
-            let expired = self.slots.get(slot).and_then(Option::as_ref).is_none_or(|entry| expired(entry, now_ns));
+            let expired = self
+                .slots
+                .get(slot)
+                .and_then(Option::as_ref)
+                .is_none_or(|entry| expired(entry, now_ns));
             if expired {
                 self.remove(slot);
             } else if let Some(Some(entry)) = self.slots.get_mut(slot) {
@@ -91,7 +100,13 @@ impl FlowCache {
     }
 
     /// Keeps the decision; refuses another mask when there are as many as allowed.
-    pub fn publish(&mut self, packet: &Packet, what: Publication, now_ns: u64, counters: &mut SwitchCounters) {
+    pub fn publish(
+        &mut self,
+        packet: &Packet,
+        what: Publication,
+        now_ns: u64,
+        counters: &mut SwitchCounters,
+    ) {
         let bits = key_mask(what.mask);
         let key = packet.key.masked(&bits);
         match self.tables.iter().find(|table| table.mask == what.mask) {
@@ -99,10 +114,18 @@ impl FlowCache {
                 counters.flows_refused += 1;
                 return;
             }
-            None => self.tables.push(Table { mask: what.mask, bits, entries: FastMap::default() }),
+            None => self.tables.push(Table {
+                mask: what.mask,
+                bits,
+                entries: FastMap::default(),
+            }),
             Some(_) => {}
         }
-        let old = self.tables.iter().find(|table| table.mask == what.mask).and_then(|table| table.entries.get(&key));
+        let old = self
+            .tables
+            .iter()
+            .find(|table| table.mask == what.mask)
+            .and_then(|table| table.entries.get(&key));
         if let Some(&slot) = old {
             self.remove(slot);
         } else if self.count >= self.limits.flow_entries {
@@ -144,7 +167,11 @@ impl FlowCache {
         counters.flows_published += 1;
         let position = self.tables.iter().position(|table| table.mask == what.mask);
         let position = position.unwrap_or_else(|| {
-            self.tables.push(Table { mask: what.mask, bits, entries: FastMap::default() });
+            self.tables.push(Table {
+                mask: what.mask,
+                bits,
+                entries: FastMap::default(),
+            });
             self.tables.len() - 1
         });
         self.tables[position].entries.insert(key, slot);
@@ -163,12 +190,15 @@ impl FlowCache {
     pub fn sweep(&mut self, now_ns: u64) {
         let idle_ns = self.limits.flow_idle_ns;
         for slot in 0..self.slots.len() {
-            let Some(entry) = &self.slots[slot] else { continue };
+            let Some(entry) = &self.slots[slot] else {
+                continue;
+            };
             if expired(entry, now_ns) || now_ns.saturating_sub(entry.used_ns) >= idle_ns {
                 self.remove(slot);
             }
         }
-        self.by_age.retain(|&(slot, serial)| is(&self.slots, slot, serial));
+        self.by_age
+            .retain(|&(slot, serial)| is(&self.slots, slot, serial));
         self.by_mac.retain(|_, dependents| {
             dependents.retain(|&(slot, serial)| is(&self.slots, slot, serial));
             !dependents.is_empty()
@@ -187,7 +217,10 @@ impl FlowCache {
     /// All entries, oldest first.
     pub fn entries(&self) -> impl Iterator<Item = &FlowEntry> {
         self.by_age.iter().filter_map(|&(slot, serial)| {
-            self.slots.get(slot).and_then(Option::as_ref).filter(|entry| entry.serial == serial)
+            self.slots
+                .get(slot)
+                .and_then(Option::as_ref)
+                .filter(|entry| entry.serial == serial)
         })
     }
 
@@ -205,10 +238,16 @@ impl FlowCache {
     }
 
     fn remove(&mut self, slot: usize) {
-        let Some(entry) = self.slots.get_mut(slot).and_then(Option::take) else { return };
+        let Some(entry) = self.slots.get_mut(slot).and_then(Option::take) else {
+            return;
+        };
         self.free.push(slot);
         self.count -= 1;
-        if let Some(position) = self.tables.iter().position(|table| table.mask == entry.mask) {
+        if let Some(position) = self
+            .tables
+            .iter()
+            .position(|table| table.mask == entry.mask)
+        {
             self.tables[position].entries.remove(&entry.key);
             if self.tables[position].entries.is_empty() {
                 self.tables.remove(position);
@@ -217,13 +256,17 @@ impl FlowCache {
         // Stale rows of `by_age` and `by_mac` are harmless, but they must not grow without bound.
         if self.by_age.len() > 2 * self.count + 1024 {
             let slots = &self.slots;
-            self.by_age.retain(|&(slot, serial)| is(slots, slot, serial));
+            self.by_age
+                .retain(|&(slot, serial)| is(slots, slot, serial));
         }
     }
 }
 
 fn is(slots: &[Option<FlowEntry>], slot: usize, serial: u64) -> bool {
-    slots.get(slot).and_then(Option::as_ref).is_some_and(|entry| entry.serial == serial)
+    slots
+        .get(slot)
+        .and_then(Option::as_ref)
+        .is_some_and(|entry| entry.serial == serial)
 }
 
 fn expired(entry: &FlowEntry, now_ns: u64) -> bool {

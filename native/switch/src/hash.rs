@@ -19,7 +19,10 @@ impl BuildHasher for FastState {
     type Hasher = FastHasher;
 
     fn build_hasher(&self) -> FastHasher {
-        FastHasher { state: self.0, seed: self.0 }
+        FastHasher {
+            state: self.0,
+            seed: self.0,
+        }
     }
 }
 
@@ -30,7 +33,8 @@ pub struct FastHasher {
 
 impl FastHasher {
     fn fold(&mut self, word: u64) {
-        let product = u128::from(self.state ^ word).wrapping_mul(u128::from(self.seed ^ 0x9E37_79B9_7F4A_7C15));
+        let product = u128::from(self.state ^ word)
+            .wrapping_mul(u128::from(self.seed ^ 0x9E37_79B9_7F4A_7C15));
         self.state = (product as u64) ^ (product >> 64) as u64 ^ word.rotate_left(29);
     }
 }

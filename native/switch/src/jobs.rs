@@ -28,7 +28,11 @@ impl FlowKey {
             | fields::IP_SRC
             | fields::IP_DST;
         let fragment = packet.key.get(fields::IP_FRAG.trailing_zeros() as usize) != 0;
-        let mask = if fragment { HOSTS } else { HOSTS | fields::L4_SRC | fields::L4_DST };
+        let mask = if fragment {
+            HOSTS
+        } else {
+            HOSTS | fields::L4_SRC | fields::L4_DST
+        };
         FlowKey(packet.key.masked(&key_mask(mask)))
     }
 }
@@ -41,7 +45,10 @@ pub(crate) struct OwnedFrame {
 
 impl OwnedFrame {
     fn of(frame: &FrameRef<'_>) -> Self {
-        OwnedFrame { data: frame.to_vec(usize::MAX), meta: frame.meta }
+        OwnedFrame {
+            data: frame.to_vec(usize::MAX),
+            meta: frame.meta,
+        }
     }
 
     fn as_ref(&self) -> FrameRef<'_> {
@@ -71,7 +78,10 @@ impl Core {
                 self.held += 1;
             }
             _ => {
-                let drop = Drop::new(DropReason::Resources, "too many frames wait for an extension's verdict");
+                let drop = Drop::new(
+                    DropReason::Resources,
+                    "too many frames wait for an extension's verdict",
+                );
                 self.drop_frame(&packet, frame, packet.in_port, false, &drop);
             }
         }
@@ -86,9 +96,14 @@ impl Core {
         filter: u64,
         out_port: Option<u32>,
     ) {
-        let Some(port) = self.tables.ports.get_mut(&packet.in_port) else { return };
+        let Some(port) = self.tables.ports.get_mut(&packet.in_port) else {
+            return;
+        };
         if port.walks >= self.limits.upcalls_per_port {
-            let drop = Drop::new(DropReason::Resources, "too many frames of the port wait for extensions");
+            let drop = Drop::new(
+                DropReason::Resources,
+                "too many frames of the port wait for extensions",
+            );
             self.drop_frame(&packet, frame, packet.in_port, false, &drop);
             return;
         }
@@ -130,8 +145,12 @@ impl Core {
 
     fn ask(&mut self, id: u64, job: &Job, filter: u64, out_port: Option<u32>) -> Option<Answer> {
         let now_ns = self.tell_time();
-        let Some(link) = self.links.get_mut(&filter) else { return Some(Answer::default()) };
-        let port_name = self.tables.port_name(out_port.unwrap_or(job.packet.in_port));
+        let Some(link) = self.links.get_mut(&filter) else {
+            return Some(Answer::default());
+        };
+        let port_name = self
+            .tables
+            .port_name(out_port.unwrap_or(job.packet.in_port));
         let request = Request {
             in_port: job.packet.in_port,
             out_port,
@@ -172,15 +191,23 @@ impl Core {
 
     /// The source port of waiting frames is gone: drops them and what waits behind them.
     pub(crate) fn abandon_port(&mut self, port_id: u32) {
-        let ids: Vec<u64> =
-            self.jobs.iter().filter(|(_, job)| job.packet.in_port == port_id).map(|(id, _)| *id).collect();
+        let ids: Vec<u64> = self
+            .jobs
+            .iter()
+            .filter(|(_, job)| job.packet.in_port == port_id)
+            .map(|(id, _)| *id)
+            .collect();
         for id in ids {
-            let Some(mut job) = self.jobs.remove(&id) else { continue };
+            let Some(mut job) = self.jobs.remove(&id) else {
+                continue;
+            };
             self.give_up(|waiter| waiter == id);
             let drop = Drop::new(DropReason::Disconnected, "its source port was removed");
             if let Some(id) = job.trace {
                 let recorder = &mut job.walk.recorder;
-                recorder.step("receive", "drop", 0, None, Some(&drop), || drop.detail.to_string());
+                recorder.step("receive", "drop", 0, None, Some(&drop), || {
+                    drop.detail.to_string()
+                });
                 let steps = std::mem::take(&mut recorder.steps);
                 self.events.put(Event::TraceDone { id, steps });
                 continue;
@@ -200,12 +227,17 @@ impl Core {
         self.generation += 1;
         self.tables.flows.flush();
         let ports = self.tables.ports.iter();
-        self.tables.connected = ports.filter(|(_, port)| port.endpoint.is_some()).map(|(id, _)| *id).collect();
+        self.tables.connected = ports
+            .filter(|(_, port)| port.endpoint.is_some())
+            .map(|(id, _)| *id)
+            .collect();
         self.tables.connected.sort_unstable();
         let waiting: Vec<u64> = self.jobs.keys().copied().collect();
         self.give_up(|_| true);
         for id in waiting {
-            let Some(mut job) = self.jobs.remove(&id) else { continue };
+            let Some(mut job) = self.jobs.remove(&id) else {
+                continue;
+            };
             job.walk = Walk::new(job.trace.is_some());
             job.generation = self.generation;
             self.trace_head(&mut job);
@@ -231,7 +263,13 @@ impl Core {
         }
         let filters = |wanted: fn(&Link) -> bool| -> Vec<Filter> {
             let links = order.iter().filter_map(|id| self.links.get(id));
-            links.filter(|link| wanted(link)).map(|link| Filter { id: link.channel.id, name: link.name.clone() }).collect()
+            links
+                .filter(|link| wanted(link))
+                .map(|link| Filter {
+                    id: link.channel.id,
+                    name: link.name.clone(),
+                })
+                .collect()
         };
         self.tables.ingress = filters(|link| link.channel.ingress);
         self.tables.egress = filters(|link| link.channel.egress);
@@ -239,7 +277,9 @@ impl Core {
         self.order = order;
         self.changed();
         let (kept, gone): (BTreeMap<u64, Link>, BTreeMap<u64, Link>) =
-            std::mem::take(&mut self.links).into_iter().partition(|(id, _)| self.order.contains(id));
+            std::mem::take(&mut self.links)
+                .into_iter()
+                .partition(|(id, _)| self.order.contains(id));
         self.links = kept;
         gone.into_values().collect()
     }
@@ -255,7 +295,9 @@ impl Core {
     /// Takes the replies of one extension.
     pub fn replies(&mut self, id: u64) {
         self.tell_time();
-        let Some(link) = self.links.get_mut(&id) else { return };
+        let Some(link) = self.links.get_mut(&id) else {
+            return;
+        };
         let errors = link.counters.errors;
         let mut settled = Vec::new();
         let result = link.replies(&mut settled);
@@ -272,7 +314,12 @@ impl Core {
 
     pub(crate) fn push_links(&mut self) {
         loop {
-            let dirty: Vec<u64> = self.links.iter().filter(|(_, link)| link.dirty).map(|(id, _)| *id).collect();
+            let dirty: Vec<u64> = self
+                .links
+                .iter()
+                .filter(|(_, link)| link.dirty)
+                .map(|(id, _)| *id)
+                .collect();
             if dirty.is_empty() {
                 return;
             }
@@ -296,13 +343,18 @@ impl Core {
 
     /// The extension broke the protocol or is gone: its `on_failure` applies to all that waits for it.
     pub fn fail_link(&mut self, id: u64, why: &str) {
-        let Some(link) = self.links.get_mut(&id) else { return };
+        let Some(link) = self.links.get_mut(&id) else {
+            return;
+        };
         if link.failed() {
             return;
         }
         self.tables.counters.upcall_failures += 1;
         let settled = link.fail(why);
-        self.events.put(Event::ExtensionFailed { id, why: why.to_owned() });
+        self.events.put(Event::ExtensionFailed {
+            id,
+            why: why.to_owned(),
+        });
         self.settle(settled);
     }
 
@@ -356,16 +408,24 @@ impl Core {
     fn trace_head(&mut self, job: &mut Job) {
         let name = self.tables.port_name(job.packet.in_port);
         let length = job.packet.length;
-        job.walk.recorder.step("receive", "continue", 0, None, None, || format!("{length} bytes from {name}"));
+        job.walk
+            .recorder
+            .step("receive", "continue", 0, None, None, || {
+                format!("{length} bytes from {name}")
+            });
     }
 
     fn finish_trace(&mut self, id: u64, mut job: Job, program: &Program) {
         for destination in &program.destinations {
             let port_id = destination.port_id;
-            if destination.drop.is_none() && self.tables.egress_policy(&job.packet, port_id).is_none() {
+            if destination.drop.is_none()
+                && self.tables.egress_policy(&job.packet, port_id).is_none()
+            {
                 let name = self.tables.port_name(port_id);
                 let recorder = &mut job.walk.recorder;
-                recorder.step("deliver", "deliver", 0, Some(port_id), None, || format!("to {name}"));
+                recorder.step("deliver", "deliver", 0, Some(port_id), None, || {
+                    format!("to {name}")
+                });
             }
         }
         let steps = std::mem::take(&mut job.walk.recorder.steps);

@@ -34,7 +34,11 @@ pub struct MacTable {
 
 impl MacTable {
     pub fn new(limits: &Limits) -> Self {
-        MacTable { rows: FastMap::default(), limit: limits.mac_entries, age_ns: limits.mac_age_ns }
+        MacTable {
+            rows: FastMap::default(),
+            limit: limits.mac_entries,
+            age_ns: limits.mac_age_ns,
+        }
     }
 
     pub fn lookup(&self, key: MacKey) -> Option<u32> {
@@ -53,7 +57,13 @@ impl MacTable {
         if self.rows.len() >= self.limit {
             return Learned::Refused;
         }
-        self.rows.insert(key, MacRow { port_id, seen_ns: now_ns });
+        self.rows.insert(
+            key,
+            MacRow {
+                port_id,
+                seen_ns: now_ns,
+            },
+        );
         Learned::New
     }
 
@@ -82,7 +92,12 @@ impl MacTable {
     }
 
     fn purge(&mut self, goes: impl Fn(&MacRow) -> bool) -> Vec<MacKey> {
-        let keys: Vec<MacKey> = self.rows.iter().filter(|(_, row)| goes(row)).map(|(key, _)| *key).collect();
+        let keys: Vec<MacKey> = self
+            .rows
+            .iter()
+            .filter(|(_, row)| goes(row))
+            .map(|(key, _)| *key)
+            .collect();
         for key in &keys {
             self.rows.remove(key);
         }

@@ -97,11 +97,16 @@ pub fn parse(packet: &mut Packet, frame: &FrameRef<'_>) {
 
 /// Big-endian integer of up to 8 bytes; bytes that are not there count as absent at the end, like a short slice.
 fn be(head: &[u8], start: usize, count: usize) -> u64 {
-    head.iter().skip(start).take(count).fold(0, |value, byte| value << 8 | u64::from(*byte))
+    head.iter()
+        .skip(start)
+        .take(count)
+        .fold(0, |value, byte| value << 8 | u64::from(*byte))
 }
 
 fn be128(bytes: &[u8]) -> u128 {
-    bytes.iter().fold(0, |value, byte| value << 8 | u128::from(*byte))
+    bytes
+        .iter()
+        .fold(0, |value, byte| value << 8 | u128::from(*byte))
 }
 
 fn arp(packet: &mut Packet, head: &[u8], offset: usize) -> Option<()> {
@@ -122,7 +127,11 @@ fn ipv4(packet: &mut Packet, head: &[u8], offset: usize) -> Option<()> {
     }
     let header = usize::from(ip[0] & 0xF) * 4;
     // Senders of large sends leave the length to the device.
-    let total = if packet.mss != 0 { packet.l3_length } else { be(ip, 2, 2) as usize };
+    let total = if packet.mss != 0 {
+        packet.l3_length
+    } else {
+        be(ip, 2, 2) as usize
+    };
     if header < 20 || total < header || total > packet.l3_length {
         return None;
     }
@@ -147,7 +156,11 @@ fn ipv6(packet: &mut Packet, head: &[u8], offset: usize) -> Option<()> {
         return None;
     }
     let most = packet.l3_length - 40;
-    let mut left = if packet.mss != 0 { most } else { be(ip, 4, 2) as usize };
+    let mut left = if packet.mss != 0 {
+        most
+    } else {
+        be(ip, 4, 2) as usize
+    };
     if left > most {
         return None;
     }

@@ -17,7 +17,11 @@ pub struct Drop {
 
 impl Drop {
     pub fn new(reason: DropReason, detail: impl Into<Cow<'static, str>>) -> Self {
-        Drop { reason, detail: detail.into(), by: None }
+        Drop {
+            reason,
+            detail: detail.into(),
+            by: None,
+        }
     }
 }
 
@@ -41,7 +45,11 @@ pub struct Program {
 
 impl Program {
     pub fn dropped(drop: Drop, source: Option<MacKey>) -> Self {
-        Program { drop: Some(drop), source, ..Program::default() }
+        Program {
+            drop: Some(drop),
+            source,
+            ..Program::default()
+        }
     }
 }
 
@@ -69,6 +77,9 @@ pub struct TraceStep {
 /// `02:00:00:00:00:01`
 pub fn mac_text(address: u64) -> String {
     let bytes = address.to_be_bytes();
-    let pairs: Vec<String> = bytes[2..].iter().map(|byte| format!("{byte:02x}")).collect();
+    let pairs: Vec<String> = bytes[2..]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
     pairs.join(":")
 }

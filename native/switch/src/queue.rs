@@ -50,7 +50,11 @@ pub fn pair(limit: usize) -> std::io::Result<(QueuePeer, QueueEndpoint)> {
         wake: fd()?,
         ready: fd()?,
     });
-    let endpoint = QueueEndpoint { shared: shared.clone(), lent: Vec::new(), unsignalled: false };
+    let endpoint = QueueEndpoint {
+        shared: shared.clone(),
+        lent: Vec::new(),
+        unsignalled: false,
+    };
     Ok((QueuePeer(shared), endpoint))
 }
 
@@ -88,8 +92,12 @@ impl Endpoint for QueueEndpoint {
         self.lent.clear();
         let mut queue = lock(&self.shared.to_switch);
         while !batch.is_full() {
-            let Some((data, meta)) = queue.pop_front() else { return false };
-            let Some(mut frame) = batch.begin() else { return true };
+            let Some((data, meta)) = queue.pop_front() else {
+                return false;
+            };
+            let Some(mut frame) = batch.begin() else {
+                return true;
+            };
             let head = data.len().min(HEAD_BYTES);
             frame.head(head).copy_from_slice(&data[..head]);
             if data.len() > head {

@@ -76,7 +76,12 @@ impl Tap {
     }
 
     pub fn wants(&self, port_id: u32, dropped: bool) -> bool {
-        (self.filter.drops || !dropped) && self.filter.ports.as_ref().is_none_or(|ports| ports.contains(&port_id))
+        (self.filter.drops || !dropped)
+            && self
+                .filter
+                .ports
+                .as_ref()
+                .is_none_or(|ports| ports.contains(&port_id))
     }
 
     pub fn put(&self, sighting: Sighting) {

@@ -63,9 +63,17 @@ impl Request<'_> {
         out.extend_from_slice(&self.in_port.to_le_bytes());
         out.extend_from_slice(&self.out_port.unwrap_or(NONE).to_le_bytes());
         out.extend_from_slice(&self.vlan_tci.map_or(NONE, u32::from).to_le_bytes());
-        out.extend_from_slice(&u32::try_from(self.frame_length).unwrap_or(u32::MAX).to_le_bytes());
+        out.extend_from_slice(
+            &u32::try_from(self.frame_length)
+                .unwrap_or(u32::MAX)
+                .to_le_bytes(),
+        );
         out.extend_from_slice(&(name.len() as u16).to_le_bytes());
-        out.extend_from_slice(&u16::try_from(self.data.len()).unwrap_or(u16::MAX).to_le_bytes());
+        out.extend_from_slice(
+            &u16::try_from(self.data.len())
+                .unwrap_or(u16::MAX)
+                .to_le_bytes(),
+        );
         out.extend_from_slice(name);
         out.extend_from_slice(self.data);
         out
@@ -92,7 +100,10 @@ impl Reply {
     /// Reads a reply; padding behind the reason is allowed.
     fn decode(payload: &[u8]) -> Result<Reply, String> {
         let Some((header, rest)) = payload.split_first_chunk::<REPLY_SIZE>() else {
-            return Err(format!("reply of {} bytes, at least {REPLY_SIZE} expected", payload.len()));
+            return Err(format!(
+                "reply of {} bytes, at least {REPLY_SIZE} expected",
+                payload.len()
+            ));
         };
         let version = u16::from_le_bytes([header[0], header[1]]);
         if version != VERSION {
@@ -105,18 +116,27 @@ impl Reply {
             other => return Err(format!("reply with verdict {other}, 0 to 2 expected")),
         };
         let reason_length = usize::from(u16::from_le_bytes([header[16], header[17]]));
-        let reason = rest.get(..reason_length).filter(|_| reason_length <= MAX_REASON);
+        let reason = rest
+            .get(..reason_length)
+            .filter(|_| reason_length <= MAX_REASON);
         let Some(reason) = reason else {
-            return Err(format!("reply of {} bytes with a reason of {reason_length}", payload.len()));
+            return Err(format!(
+                "reply of {} bytes with a reason of {reason_length}",
+                payload.len()
+            ));
         };
         let Ok(reason) = std::str::from_utf8(reason) else {
             return Err("reply whose reason is not UTF-8".into());
         };
         let fields = u64::from_le_bytes([
-            header[8], header[9], header[10], header[11], header[12], header[13], header[14], header[15],
+            header[8], header[9], header[10], header[11], header[12], header[13], header[14],
+            header[15],
         ]);
         if fields & !ALL_BITS != 0 {
-            return Err(format!("a reply names unknown fields {:#x}", fields & !ALL_BITS));
+            return Err(format!(
+                "a reply names unknown fields {:#x}",
+                fields & !ALL_BITS
+            ));
         }
         Ok(Reply {
             verdict,
@@ -157,12 +177,18 @@ pub struct Link {
 impl Link {
     pub fn new(channel: Channel, deadline_ns: u64) -> Result<Self, String> {
         let broken = |error: &dyn std::fmt::Display| format!("extension {}: {error}", channel.name);
-        let region = Region { gpa: 0, size: MEMFD_BYTES as u64, fd: channel.memfd };
+        let region = Region {
+            gpa: 0,
+            size: MEMFD_BYTES as u64,
+            fd: channel.memfd,
+        };
         let memory = GuestMemory::new(&[region]).map_err(|error| broken(&error))?;
         let pages = (RING_BYTES / PAGE) as u64;
         let ring = |first: u64| {
             let pfns: Vec<u64> = (first..first + pages).collect();
-            memory.view(&pfns, 0, RING_BYTES).map_err(|error| broken(&error))
+            memory
+                .view(&pfns, 0, RING_BYTES)
+                .map_err(|error| broken(&error))
         };
         Ok(Link {
             writer: RingWriter::new(ring(0)?).map_err(|error| broken(&error))?,
@@ -198,7 +224,13 @@ impl Link {
         let id = self.next_id;
         self.next_id += 1;
         self.counters.upcalls += 1;
-        self.pending.insert(id, Pending { waiter, deadline_ns: now_ns.saturating_add(self.deadline_ns) });
+        self.pending.insert(
+            id,
+            Pending {
+                waiter,
+                deadline_ns: now_ns.saturating_add(self.deadline_ns),
+            },
+        );
         self.backlog.push_back((id, request.pack()));
         self.dirty = true;
         None
@@ -212,7 +244,11 @@ impl Link {
         }
         while let Some((id, payload)) = self.backlog.front() {
             if self.pending.contains_key(id) {
-                if !self.writer.write_inband(payload, *id, true).map_err(|error| error.to_string())? {
+                if !self
+                    .writer
+                    .write_inband(payload, *id, true)
+                    .map_err(|error| error.to_string())?
+                {
                     break;
                 }
             } else {
@@ -240,12 +276,22 @@ impl Link {
         result
     }
 
-    fn take_replies(&mut self, scratch: &mut Vec<u8>, settled: &mut Vec<(u64, Answer)>) -> Result<(), String> {
+    fn take_replies(
+        &mut self,
+        scratch: &mut Vec<u8>,
+        settled: &mut Vec<(u64, Answer)>,
+    ) -> Result<(), String> {
         loop {
-            while let Some(packet) = self.reader.next(scratch).map_err(|error| error.to_string())? {
+            while let Some(packet) = self
+                .reader
+                .next(scratch)
+                .map_err(|error| error.to_string())?
+            {
                 let kind = packet.descriptor.kind;
                 if kind != VM_PKT_COMP {
-                    return Err(format!("a packet of type {kind} came where replies are expected"));
+                    return Err(format!(
+                        "a packet of type {kind} came where replies are expected"
+                    ));
                 }
                 let id = packet.descriptor.transaction_id;
                 if self.given_up.remove(&id) {
@@ -288,12 +334,18 @@ impl Link {
         let pending = std::mem::take(&mut self.pending);
         self.given_up.clear();
         self.backlog.clear();
-        pending.into_values().map(|pending| (pending.waiter, answer.clone())).collect()
+        pending
+            .into_values()
+            .map(|pending| (pending.waiter, answer.clone()))
+            .collect()
     }
 
     /// When the oldest request has to be answered.
     pub fn next_deadline_ns(&self) -> Option<u64> {
-        self.pending.values().next().map(|pending| pending.deadline_ns)
+        self.pending
+            .values()
+            .next()
+            .map(|pending| pending.deadline_ns)
     }
 
     fn failure_text(&self) -> String {
@@ -306,7 +358,11 @@ impl Link {
         }
         let by = Some(self.name.clone());
         Answer {
-            drop: Some(Drop { reason: DropReason::RequiredExtensionMissing, detail: text.into(), by }),
+            drop: Some(Drop {
+                reason: DropReason::RequiredExtensionMissing,
+                detail: text.into(),
+                by,
+            }),
             ..Answer::default()
         }
     }
@@ -317,14 +373,32 @@ impl Link {
         match reply.verdict {
             Verdict::Allow => {
                 self.counters.allowed += 1;
-                Answer { drop: None, fields, cacheable, ttl_ns }
+                Answer {
+                    drop: None,
+                    fields,
+                    cacheable,
+                    ttl_ns,
+                }
             }
             Verdict::Drop => {
                 self.counters.dropped += 1;
-                let text = if reply.reason.is_empty() { "no reason given".into() } else { reply.reason };
+                let text = if reply.reason.is_empty() {
+                    "no reason given".into()
+                } else {
+                    reply.reason
+                };
                 let by = Some(self.name.clone());
-                let drop = Some(Drop { reason: DropReason::Filtered, detail: text.into(), by });
-                Answer { drop, fields, cacheable, ttl_ns }
+                let drop = Some(Drop {
+                    reason: DropReason::Filtered,
+                    detail: text.into(),
+                    by,
+                });
+                Answer {
+                    drop,
+                    fields,
+                    cacheable,
+                    ttl_ns,
+                }
             }
             Verdict::Error => {
                 self.counters.errors += 1;
@@ -362,7 +436,10 @@ mod tests {
     #[test]
     fn a_reply_is_read_as_specified() {
         let got = Reply::decode(&reply(1, 1 << 12, b"telnet\0\0", 6)).unwrap();
-        assert_eq!((got.verdict, got.cacheable, got.ttl_ms), (Verdict::Drop, true, 5));
+        assert_eq!(
+            (got.verdict, got.cacheable, got.ttl_ms),
+            (Verdict::Drop, true, 5)
+        );
         assert_eq!((got.fields, got.reason.as_str()), (1 << 12, "telnet"));
     }
 

@@ -46,7 +46,14 @@ pub struct Recorder {
 
 impl Recorder {
     fn new(tracing: bool) -> Self {
-        Recorder { tracing, mask: 0, dependencies: Vec::new(), cacheable: true, ttl_ns: 0, steps: Vec::new() }
+        Recorder {
+            tracing,
+            mask: 0,
+            dependencies: Vec::new(),
+            cacheable: true,
+            ttl_ns: 0,
+            steps: Vec::new(),
+        }
     }
 
     /// Takes over what an extension's verdict depends on.
@@ -88,14 +95,20 @@ impl Recorder {
 enum Stage {
     /// Index of the filter to ask next.
     FilterIn(usize),
-    FilterOut { destination: usize, next: usize },
+    FilterOut {
+        destination: usize,
+        next: usize,
+    },
 }
 
 /// Where a walk stopped.
 #[derive(Debug)]
 pub enum Stop {
     /// `out_port` `None` = the ingress pass.
-    Ask { filter: u64, out_port: Option<u32> },
+    Ask {
+        filter: u64,
+        out_port: Option<u32>,
+    },
     Done(Program),
 }
 
@@ -109,17 +122,29 @@ pub struct Walk {
 
 impl Walk {
     pub fn new(tracing: bool) -> Self {
-        Walk { stage: Stage::FilterIn(0), program: Program::default(), recorder: Recorder::new(tracing) }
+        Walk {
+            stage: Stage::FilterIn(0),
+            program: Program::default(),
+            recorder: Recorder::new(tracing),
+        }
     }
 
     /// Goes on, with the answer to what it stopped for, until the next stop.
-    pub fn resume<S: Surroundings>(&mut self, packet: &Packet, around: &mut S, answer: Option<Answer>) -> Stop {
+    pub fn resume<S: Surroundings>(
+        &mut self,
+        packet: &Packet,
+        around: &mut S,
+        answer: Option<Answer>,
+    ) -> Stop {
         let mut answer = answer;
         loop {
             match self.stage {
                 Stage::FilterIn(next) => {
                     if let Some(answer) = answer.take() {
-                        if let Some(filter) = next.checked_sub(1).and_then(|asked| around.ingress().get(asked)) {
+                        if let Some(filter) = next
+                            .checked_sub(1)
+                            .and_then(|asked| around.ingress().get(asked))
+                        {
                             self.heard("filter in", filter, &answer, None);
                         }
                         if let Some(drop) = answer.drop {
@@ -130,7 +155,10 @@ impl Walk {
                     }
                     if let Some(filter) = around.ingress().get(next) {
                         self.stage = Stage::FilterIn(next + 1);
-                        return Stop::Ask { filter: filter.id, out_port: None };
+                        return Stop::Ask {
+                            filter: filter.id,
+                            out_port: None,
+                        };
                     }
                     if let Some(drop) = self.ingress_policy(packet) {
                         return Stop::Done(Program::dropped(drop, None));
@@ -139,15 +167,29 @@ impl Walk {
                     if self.program.drop.is_some() {
                         return Stop::Done(std::mem::take(&mut self.program));
                     }
-                    self.stage = Stage::FilterOut { destination: 0, next: 0 };
+                    self.stage = Stage::FilterOut {
+                        destination: 0,
+                        next: 0,
+                    };
                 }
                 Stage::FilterOut { destination, next } => {
-                    let Some(port_id) = self.program.destinations.get(destination).map(|one| one.port_id) else {
+                    let Some(port_id) = self
+                        .program
+                        .destinations
+                        .get(destination)
+                        .map(|one| one.port_id)
+                    else {
                         return Stop::Done(std::mem::take(&mut self.program));
                     };
-                    let skip = Stage::FilterOut { destination: destination + 1, next: 0 };
+                    let skip = Stage::FilterOut {
+                        destination: destination + 1,
+                        next: 0,
+                    };
                     if let Some(answer) = answer.take() {
-                        if let Some(filter) = next.checked_sub(1).and_then(|asked| around.egress().get(asked)) {
+                        if let Some(filter) = next
+                            .checked_sub(1)
+                            .and_then(|asked| around.egress().get(asked))
+                        {
                             self.heard("filter out", filter, &answer, Some(port_id));
                         }
                         if answer.drop.is_some() {
@@ -161,8 +203,14 @@ impl Walk {
                         continue;
                     }
                     if let Some(filter) = around.egress().get(next) {
-                        self.stage = Stage::FilterOut { destination, next: next + 1 };
-                        return Stop::Ask { filter: filter.id, out_port: Some(port_id) };
+                        self.stage = Stage::FilterOut {
+                            destination,
+                            next: next + 1,
+                        };
+                        return Stop::Ask {
+                            filter: filter.id,
+                            out_port: Some(port_id),
+                        };
                     }
                     self.stage = skip;
                 }
@@ -170,37 +218,66 @@ impl Walk {
         }
     }
 
-    fn heard(&mut self, stage: &'static str, filter: &Filter, answer: &Answer, port_id: Option<u32>) {
+    fn heard(
+        &mut self,
+        stage: &'static str,
+        filter: &Filter,
+        answer: &Answer,
+        port_id: Option<u32>,
+    ) {
         self.recorder.verdict(answer);
         let (verdict, drop) = match &answer.drop {
             None => ("continue", None),
             Some(drop) => ("drop", Some(drop)),
         };
-        self.recorder.step(stage, verdict, answer.fields, port_id, drop, || match drop {
-            None => format!("extension {} allows it", filter.name),
-            Some(drop) => format!("extension {}: {}", filter.name, drop.detail),
-        });
+        self.recorder.step(
+            stage,
+            verdict,
+            answer.fields,
+            port_id,
+            drop,
+            || match drop {
+                None => format!("extension {} allows it", filter.name),
+                Some(drop) => format!("extension {}: {}", filter.name, drop.detail),
+            },
+        );
     }
 
     fn ingress_policy(&mut self, packet: &Packet) -> Option<Drop> {
         let read = fields::ETH_SRC | fields::ETH_DST;
         self.recorder.mask |= read;
         let drop = if is_group(packet.source) {
-            let detail = format!("source address {} is a group address", mac_text(packet.source));
+            let detail = format!(
+                "source address {} is a group address",
+                mac_text(packet.source)
+            );
             Some(Drop::new(DropReason::InvalidSourceMac, detail))
         } else if packet.source == 0 {
-            Some(Drop::new(DropReason::InvalidSourceMac, "source address is all zero"))
+            Some(Drop::new(
+                DropReason::InvalidSourceMac,
+                "source address is all zero",
+            ))
         } else if packet.destination & !0xF == 0x0180_C200_0000 {
-            let detail = format!("{} is never forwarded by a bridge", mac_text(packet.destination));
+            let detail = format!(
+                "{} is never forwarded by a bridge",
+                mac_text(packet.destination)
+            );
             Some(Drop::new(DropReason::BridgeReserved, detail))
         } else {
             None
         };
         let verdict = if drop.is_some() { "drop" } else { "continue" };
-        self.recorder.step("policy in", verdict, read, None, drop.as_ref(), || match &drop {
-            None => "addresses are valid".into(),
-            Some(drop) => drop.detail.to_string(),
-        });
+        self.recorder.step(
+            "policy in",
+            verdict,
+            read,
+            None,
+            drop.as_ref(),
+            || match &drop {
+                None => "addresses are valid".into(),
+                Some(drop) => drop.detail.to_string(),
+            },
+        );
         drop
     }
 
@@ -217,7 +294,9 @@ impl Walk {
         let read = fields::ETH_SRC | fields::ETH_DST | fields::VLAN_TCI;
         let nowhere = |recorder: &mut Recorder, reason, detail: String| {
             let drop = Drop::new(reason, detail);
-            recorder.step("turn", "drop", read, None, Some(&drop), || drop.detail.to_string());
+            recorder.step("turn", "drop", read, None, Some(&drop), || {
+                drop.detail.to_string()
+            });
             Program::dropped(drop, Some(source))
         };
         let mut unknown = false;
@@ -240,20 +319,42 @@ impl Walk {
             }
             if let Some(port_id) = found {
                 recorder.step("turn", "forward", read, found, None, || {
-                    format!("{} is behind {}", mac_text(address), around.port_name(port_id))
+                    format!(
+                        "{} is behind {}",
+                        mac_text(address),
+                        around.port_name(port_id)
+                    )
                 });
-                let destinations = vec![Destination { port_id, drop: None }];
-                return Program { drop: None, destinations, unknown: false, source: Some(source) };
+                let destinations = vec![Destination {
+                    port_id,
+                    drop: None,
+                }];
+                return Program {
+                    drop: None,
+                    destinations,
+                    unknown: false,
+                    source: Some(source),
+                };
             }
             unknown = true;
             "unknown"
         };
-        let others = around.connected().iter().filter(|&&port_id| port_id != packet.in_port);
-        let destinations: Vec<Destination> =
-            others.map(|&port_id| Destination { port_id, drop: None }).collect();
+        let others = around
+            .connected()
+            .iter()
+            .filter(|&&port_id| port_id != packet.in_port);
+        let destinations: Vec<Destination> = others
+            .map(|&port_id| Destination {
+                port_id,
+                drop: None,
+            })
+            .collect();
         if destinations.is_empty() {
             return if unknown {
-                let detail = format!("{} is unknown, and no other port is connected", mac_text(address));
+                let detail = format!(
+                    "{} is unknown, and no other port is connected",
+                    mac_text(address)
+                );
                 nowhere(recorder, DropReason::UnicastNoDestination, detail)
             } else {
                 let detail = format!("{kind}, and no other port is connected");
@@ -261,18 +362,33 @@ impl Walk {
             };
         }
         recorder.step("turn", "flood", read, None, None, || {
-            format!("{kind} address {}: {} ports", mac_text(address), destinations.len())
+            format!(
+                "{kind} address {}: {} ports",
+                mac_text(address),
+                destinations.len()
+            )
         });
-        Program { drop: None, destinations, unknown, source: Some(source) }
+        Program {
+            drop: None,
+            destinations,
+            unknown,
+            source: Some(source),
+        }
     }
 
     /// False = the frame does not get to the port.
-    fn egress_policy<S: Surroundings>(&mut self, packet: &Packet, around: &mut S, port_id: u32) -> bool {
+    fn egress_policy<S: Surroundings>(
+        &mut self,
+        packet: &Packet,
+        around: &mut S,
+        port_id: u32,
+    ) -> bool {
         let drop = around.egress_policy(packet, port_id);
         match &drop {
             None => {
                 let detail = || "connected, fits the MTU".to_string();
-                self.recorder.step("policy out", "continue", 0, Some(port_id), None, detail);
+                self.recorder
+                    .step("policy out", "continue", 0, Some(port_id), None, detail);
                 true
             }
             Some(drop) => {
@@ -281,7 +397,8 @@ impl Walk {
                     self.recorder.cacheable = false;
                 }
                 let detail = || drop.detail.to_string();
-                self.recorder.step("policy out", "drop", 0, Some(port_id), Some(drop), detail);
+                self.recorder
+                    .step("policy out", "drop", 0, Some(port_id), Some(drop), detail);
                 false
             }
         }

@@ -2,8 +2,8 @@
 //!
 //! # Life cycle
 //! [`Worker::start`] makes the thread; [`Worker::call`] runs a closure on it between two batches and waits for the
-//! result; dropping the worker ends the thread. Because calls run between batches, whatever a call took away
-//! (an endpoint, a port, an extension's rings) is out of use when it returns: that is the quiescent point.
+//! result; dropping the worker ends the thread. What a call took away (an endpoint, a port, an extension's rings) is
+//! out of use once [`Worker::quiesce`] has returned true: the worker passes a quiescent point between two batches.
 //!
 //! # Threads
 //! The core belongs to the worker alone. Callers block for at most one batch.
@@ -13,7 +13,9 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
+use vswitch_epoch::Epochs;
 use vswitch_memory::eventfd;
 
 use crate::clock::Clock;
@@ -28,6 +30,7 @@ const COMMANDS: u64 = u64::MAX;
 /// Tokens of extensions have this bit; those of ports are their ids.
 const EXTENSION: u64 = 1 << 63;
 const COMMANDS_PER_TURN: usize = 64;
+const QUIESCENCE_LIMIT: Duration = Duration::from_secs(5);
 
 type Command = Box<dyn FnOnce(&mut State) + Send>;
 
@@ -44,7 +47,9 @@ impl State {
     /// Connects an endpoint; the caller has checked that the port exists and has none.
     pub fn attach(&mut self, port_id: u32, endpoint: Box<dyn Endpoint>) -> Result<(), String> {
         let fd = endpoint.wake_fd();
-        self.poller.add(fd, u64::from(port_id)).map_err(|error| format!("its wake-up fd cannot be polled: {error}"))?;
+        self.poller
+            .add(fd, u64::from(port_id))
+            .map_err(|error| format!("its wake-up fd cannot be polled: {error}"))?;
         self.core.attach(port_id, endpoint);
         self.make_ready(port_id);
         Ok(())
@@ -77,7 +82,10 @@ impl State {
         for link in &fresh {
             let token = EXTENSION | link.channel.id;
             self.poller.add(link.reply_fd(), token).map_err(|error| {
-                format!("extension {}: its reply fd cannot be polled: {error}", link.name)
+                format!(
+                    "extension {}: its reply fd cannot be polled: {error}",
+                    link.name
+                )
             })?;
         }
         for link in self.core.set_links(order, fresh) {
@@ -105,16 +113,33 @@ impl State {
     }
 
     /// One turn: a batch of every ready port, then whatever woke us.
-    fn turn(&mut self, batch: &mut Batch, tokens: &mut Vec<u64>) {
+    fn turn(
+        &mut self,
+        batch: &mut Batch,
+        tokens: &mut Vec<u64>,
+        quiescence: &vswitch_epoch::Worker,
+    ) {
         for _ in 0..self.ready.len() {
-            let Some(port_id) = self.ready.pop_front() else { break };
+            let Some(port_id) = self.ready.pop_front() else {
+                break;
+            };
             if self.core.service(port_id, batch) {
                 self.ready.push_back(port_id);
             }
         }
-        let timeout_ms = if self.ready.is_empty() { self.sleep_ms() } else { 0 };
+        let timeout_ms = if self.ready.is_empty() {
+            self.sleep_ms()
+        } else {
+            0
+        };
         tokens.clear();
+        if timeout_ms != 0 {
+            quiescence.park();
+        }
         self.poller.wait(timeout_ms, tokens);
+        if timeout_ms != 0 {
+            quiescence.unpark();
+        }
         for &token in tokens.iter() {
             if token == COMMANDS {
                 continue;
@@ -135,7 +160,10 @@ impl State {
         if self.core.clock().is_manual() {
             return -1;
         }
-        let left_ns = self.core.next_due_ns().saturating_sub(self.core.clock().now_ns());
+        let left_ns = self
+            .core
+            .next_due_ns()
+            .saturating_sub(self.core.clock().now_ns());
         i32::try_from(left_ns.div_ceil(1_000_000)).unwrap_or(i32::MAX)
     }
 }
@@ -157,6 +185,7 @@ pub struct Worker {
     commands: Mutex<Sender<Command>>,
     wake: Arc<OwnedFd>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    epochs: Epochs,
     pub events: Arc<EventQueue>,
     pub clock: Clock,
 }
@@ -172,12 +201,31 @@ impl Worker {
         poller.add(wake.as_raw_fd(), COMMANDS)?;
         let (commands, received) = channel();
         let core = Core::new(limits, clock.clone(), events.clone());
-        let state = State { core, poller, ready: VecDeque::new(), ends: false };
+        let state = State {
+            core,
+            poller,
+            ready: VecDeque::new(),
+            ends: false,
+        };
         let waker = wake.clone();
+        let epochs = Epochs::new();
+        let quiescence = epochs.register();
         let thread = std::thread::Builder::new()
             .name("vswitch-data".into())
-            .spawn(move || run(state, &received, waker.as_raw_fd()))?;
-        Ok(Worker { commands: Mutex::new(commands), wake, thread: Mutex::new(Some(thread)), events, clock })
+            .spawn(move || run(state, &received, waker.as_raw_fd(), &quiescence))?;
+        Ok(Worker {
+            commands: Mutex::new(commands),
+            wake,
+            thread: Mutex::new(Some(thread)),
+            epochs,
+            events,
+            clock,
+        })
+    }
+
+    /// Waits until the worker has passed a quiescent point; false = it did not within five seconds.
+    pub fn quiesce(&self) -> bool {
+        self.epochs.wait(QUIESCENCE_LIMIT)
     }
 
     /// Runs `action` on the worker between two batches and waits for its result.
@@ -195,7 +243,11 @@ impl Worker {
 
     /// Ends the thread and waits for it. All endpoints are dropped on the way.
     pub fn stop(&self) {
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let thread = self
+            .thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         if let Some(thread) = thread {
             if self.send(Box::new(|state| state.ends = true)).is_ok() {
                 // A panic on the worker has been reported on stderr by the standard hook.
@@ -205,7 +257,11 @@ impl Worker {
     }
 
     fn send(&self, command: Command) -> Result<(), WorkerGone> {
-        let sent = self.commands.lock().unwrap_or_else(PoisonError::into_inner).send(command);
+        let sent = self
+            .commands
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .send(command);
         sent.map_err(|_| WorkerGone)?;
         eventfd::signal(self.wake.as_raw_fd());
         Ok(())
@@ -218,10 +274,17 @@ impl Drop for Worker {
     }
 }
 
-fn run(mut state: State, commands: &Receiver<Command>, wake_fd: RawFd) {
+fn run(
+    mut state: State,
+    commands: &Receiver<Command>,
+    wake_fd: RawFd,
+    quiescence: &vswitch_epoch::Worker,
+) {
     let mut batch = Batch::new();
     let mut tokens = Vec::new();
+    quiescence.unpark();
     while !state.ends {
+        quiescence.quiesce();
         eventfd::drain(wake_fd);
         let mut taken = 0;
         while let Ok(command) = commands.try_recv() {
@@ -233,7 +296,7 @@ fn run(mut state: State, commands: &Receiver<Command>, wake_fd: RawFd) {
             }
         }
         if !state.ends {
-            state.turn(&mut batch, &mut tokens);
+            state.turn(&mut batch, &mut tokens, quiescence);
         }
     }
 }

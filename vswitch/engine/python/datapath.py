@@ -18,6 +18,7 @@ from vswitch.drops import DropReason
 from vswitch.endpoint import Endpoint, Frame
 from vswitch.engine import (
     BATCH,
+    MAX_FRAME_BYTES,
     CapturedFrame,
     DatapathEvent,
     Direction,
@@ -50,15 +51,13 @@ from vswitch.engine.python.pipeline import (
 from vswitch.engine.python.tap import PythonTap
 from vswitch.engine.python.upcalls import ExtensionLink, Settled
 from vswitch.fields import Field
-from vswitch.upcall import MAX_FRAME, UpcallRequest
+from vswitch.upcall import MAX_FRAME, UpcallRequest, check_channels
 from vswitch_wire.memory import drain_fd
 
 __all__ = ["PythonDatapath"]
 
 _log = logging.getLogger("vswitch.engine.python")
 
-MAX_LENGTH = 65535 + 18
-"""The longest frame that the switch carries: a large send with its Ethernet header and VLAN tag."""
 TICK_NS = 1_000_000_000
 """How often ages are looked at, and how often a cached flow refreshes its source address."""
 
@@ -251,7 +250,7 @@ class PythonDatapath:
         if packet.length < ETHERNET_HEADER:
             detail = f"{packet.length} bytes are less than an Ethernet header"
             return Drop(DropReason.INVALID_PACKET, detail)
-        if packet.length > MAX_LENGTH:
+        if packet.length > MAX_FRAME_BYTES:
             return Drop(DropReason.INVALID_PACKET, f"{packet.length} bytes are more than any frame has")
         parse(packet)
         if packet.l3_length > config.mtu and not packet.frame.offload.mss:
@@ -498,9 +497,7 @@ class PythonDatapath:
 
     async def set_extensions(self, channels: Iterable[ExtensionChannel]) -> None:
         loop = asyncio.get_running_loop()
-        wanted = list(channels)
-        if len({channel.id for channel in wanted}) != len(wanted):
-            raise ValueError("two extension channels have the same id")
+        wanted = check_channels(channels)
         deadline_ns = int(self._limits.upcall_deadline_seconds * 1e9)
         fresh: list[ExtensionLink[_Job]] = []
         try:

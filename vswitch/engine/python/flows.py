@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from vswitch.engine import FlowInfo, Limits, SwitchCounters
 from vswitch.engine.python.mac import MacKey
-from vswitch.engine.python.parse import NO_VLAN, Packet
-from vswitch.engine.python.pipeline import Program, mac_text
+from vswitch.engine.python.parse import Packet
+from vswitch.engine.python.pipeline import Drop, Program
+from vswitch.engine.texts import DropText, action_texts, match_texts
 from vswitch.fields import Field
 
 __all__ = ["FlowCache", "FlowEntry"]
@@ -123,7 +124,7 @@ class FlowCache:
         return [
             FlowInfo(
                 _match_text(entry),
-                action_texts(entry.program),
+                _actions(entry.program),
                 entry.packets,
                 entry.bytes,
                 (now_ns - entry.used_ns) / 1e9,
@@ -148,41 +149,14 @@ class FlowCache:
 
 def _match_text(entry: FlowEntry) -> dict[str, str]:
     fields = [field for field in Field if entry.mask & field.bit]
-    values = dict(zip(fields, entry.key, strict=True))
-    eth_type = values.get(Field.ETH_TYPE)
-    return {field.name.lower(): field_text(field, value, eth_type) for field, value in values.items()}
+    return match_texts(dict(zip(fields, entry.key, strict=True)))
 
 
-def field_text(field: Field, value: int, eth_type: int | None) -> str:
-    """A field's value as people write it."""
-    if field in (Field.ETH_DST, Field.ETH_SRC):
-        return mac_text(value)
-    if field is Field.ETH_TYPE:
-        return f"0x{value:04x}"
-    if field is Field.VLAN_TCI:
-        return "none" if value == NO_VLAN else str(value)
-    if field in (Field.IP_SRC, Field.IP_DST):
-        if eth_type == 0x86DD:
-            groups = value.to_bytes(16, "big").hex()
-            return ":".join(groups[at : at + 4] for at in range(0, 32, 4))
-        return ".".join(str(byte) for byte in (value & 0xFFFF_FFFF).to_bytes(4, "big"))
-    return str(value)
-
-
-def action_texts(program: Program) -> tuple[str, ...]:
-    """A program's actions in words: `output 2`, `drop FILTERED by x: why`, `output 3: drop ...`."""
-
-    def words(reason: str, by: str | None, detail: str) -> str:
-        return f"drop {reason}" + (f" by {by}" if by else "") + f": {detail}"
-
-    if program.drop is not None:
-        return (words(program.drop.reason.name, program.drop.dropped_by, program.drop.detail),)
-    return tuple(
-        f"output {one.port_id}"
-        + (
-            ""
-            if one.drop is None
-            else ": " + words(one.drop.reason.name, one.drop.dropped_by, one.drop.detail)
-        )
-        for one in program.destinations
+def _actions(program: Program) -> tuple[str, ...]:
+    return action_texts(
+        _words(program.drop), [(one.port_id, _words(one.drop)) for one in program.destinations]
     )
+
+
+def _words(drop: Drop | None) -> DropText | None:
+    return None if drop is None else DropText(drop.reason, drop.detail, drop.dropped_by)

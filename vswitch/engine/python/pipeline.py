@@ -20,6 +20,7 @@ from vswitch.drops import DropReason
 from vswitch.engine import ExtensionChannel, TraceStep
 from vswitch.engine.python.mac import MacKey
 from vswitch.engine.python.parse import Packet
+from vswitch.engine.texts import mac_text
 from vswitch.fields import ALL_BITS, RAW_BIT, Field, close, names
 
 __all__ = ["Answer", "Ask", "Destination", "Drop", "Program", "Recorder", "Surroundings", "Walk", "walk"]
@@ -242,8 +243,3 @@ def _turn(packet: Packet, recorder: Recorder, around: Surroundings) -> Program:
             return nowhere(DropReason.UNICAST_NO_DESTINATION, detail)
     recorder.step("turn", "flood", f"{kind} address {mac_text(address)}: {len(others)} ports", read)
     return Program(None, tuple(Destination(port_id) for port_id in others), unknown, source)
-
-
-def mac_text(address: int) -> str:
-    """`02:00:00:00:00:01`"""
-    return address.to_bytes(6, "big").hex(":")

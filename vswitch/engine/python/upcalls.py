@@ -61,11 +61,6 @@ class ExtensionLink(Generic[W]):
 
         Raises OSError or WireError for a broken channel.
         """
-        if channel.kind != "filter":
-            raise ValueError(
-                f"extension {channel.name} is of kind {channel.kind}: this switch runs filter extensions; "
-                "load it as a filter"
-            )
         self.channel = channel
         self.counters = ExtensionCounters()
         self._memory = GuestMemory([Region(0, MEMFD_BYTES, channel.memfd)])
