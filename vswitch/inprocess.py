@@ -34,7 +34,7 @@ class InProcessEndpoint(Protocol):
         ...
 
     def send(self, frame: Frame | bytes) -> bool:
-        """Gives a frame to the switch; False = the queue is full. Raises ValueError for more than 65553 bytes."""
+        """Gives a frame to the switch; False = the queue is full. ValueError for more than 65553 bytes."""
         ...
 
     def received(self) -> list[Frame]:

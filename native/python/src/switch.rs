@@ -22,6 +22,7 @@ use vswitch_switch::worker::{State, Worker, WorkerGone};
 
 /// Checksum state, IP checksum wanted, transport offset, MSS: `vswitch.endpoint.Offload` as a tuple.
 type OffloadTuple = (u8, bool, u16, u32);
+type FrameTuple<'py> = (Bound<'py, PyBytes>, OffloadTuple, Option<u16>, Option<u32>);
 type DropTuple = (u16, String, Option<String>);
 type StepTuple = (
     &'static str,
@@ -166,10 +167,7 @@ impl QueueEndpoint {
             .send(data.to_vec(), meta_of(offload, vlan_tci, hash))
     }
 
-    fn received<'py>(
-        &self,
-        py: Python<'py>,
-    ) -> Vec<(Bound<'py, PyBytes>, OffloadTuple, Option<u16>, Option<u32>)> {
+    fn received<'py>(&self, py: Python<'py>) -> Vec<FrameTuple<'py>> {
         let frames = self.peer.received().into_iter();
         frames
             .map(|(data, meta)| {
