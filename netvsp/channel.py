@@ -249,14 +249,17 @@ class Channel:
             self._masked = True
         frames: list[Frame] = []
         try:
+            taken = 0
             while True:
                 while self._frames and len(frames) < limit:
                     frames.append(self._frames.popleft())
-                if len(frames) == limit or self._stalled():
+                # Control packets and completions count as work, so that no flood of them holds the engine.
+                if len(frames) == limit or taken >= limit or self._stalled():
                     break
-                packets = self._reader.read(limit - len(frames))
+                packets = self._reader.read(min(limit - len(frames), limit - taken))
                 if not packets:
                     break
+                taken += len(packets)
                 for raw in packets:
                     self._take_packet(bytes(raw))
         except WireError as error:

@@ -83,9 +83,10 @@ class RndisControl:
         if message.major_version != rndis.RNDIS_MAJOR_VERSION:
             self._send(rndis.InitializeComplete(message.request_id, rndis.RNDIS_STATUS_BAD_VERSION).pack())
             return
-        self._send(rndis.InitializeComplete(message.request_id).pack())
         self.initialised = True
+        # The data path opens first: a guest may send the moment it reads the answer.
         self._on_state(True)
+        self._send(rndis.InitializeComplete(message.request_id).pack())
 
     def _refuse(self, message: bytes, status: int = rndis.RNDIS_STATUS_INVALID_LENGTH) -> None:
         """Answers a request that could not be understood, if it is long enough to name its id."""

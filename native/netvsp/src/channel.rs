@@ -1,0 +1,181 @@
+//! The control half of a channel: commands down, control messages up.
+
+use std::os::fd::RawFd;
+use std::sync::{Arc, Mutex};
+
+use vswitch_memory::{GuestMemory, Interrupt};
+use vswitch_ring::{RingReader, RingWriter};
+
+use crate::endpoint::ChannelEndpoint;
+use crate::limits::CONTROL_RESERVE;
+use crate::shared::{lock, Command, Shared};
+
+const PAGE: usize = 4096;
+
+/// Why a channel cannot be opened or a buffer cannot be used.
+#[derive(Debug)]
+pub struct ChannelError(pub String);
+
+impl std::fmt::Display for ChannelError {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for ChannelError {}
+
+fn error(cause: impl std::fmt::Display) -> ChannelError {
+    ChannelError(cause.to_string())
+}
+
+/// Pages of guest memory that a buffer lies in.
+#[derive(Clone, Copy)]
+pub struct Pages<'a> {
+    pub pfns: &'a [u64],
+    pub byte_offset: usize,
+    pub byte_count: usize,
+}
+
+/// The control plane's handle of a channel; see the crate's head for its life.
+pub struct Channel {
+    memory: Arc<GuestMemory>,
+    shared: Arc<Shared>,
+    endpoint: Mutex<Option<ChannelEndpoint>>,
+}
+
+impl Channel {
+    /// Maps the rings: `ring_pfns` up to `downstream` carry guest to host, the rest host to guest.
+    pub fn open(
+        memory: Arc<GuestMemory>,
+        ring_pfns: &[u64],
+        downstream: usize,
+        doorbell: RawFd,
+        interrupt: Arc<Interrupt>,
+    ) -> Result<Self, ChannelError> {
+        let pages = ring_pfns.len();
+        if downstream < 2 || downstream + 2 > pages {
+            return Err(ChannelError(format!(
+                "downstream ring at page {downstream} of {pages}: each ring needs two"
+            )));
+        }
+        let (up, down) = ring_pfns.split_at(downstream);
+        let view = |pfns: &[u64]| memory.view(pfns, 0, pfns.len() * PAGE).map_err(error);
+        let reader = RingReader::new(view(up)?).map_err(error)?;
+        let writer = RingWriter::new(view(down)?).map_err(error)?;
+        let shared = Arc::new(Shared::new(doorbell).map_err(error)?);
+        let endpoint = ChannelEndpoint::new(
+            Arc::clone(&memory),
+            reader,
+            writer,
+            interrupt,
+            Arc::clone(&shared),
+        );
+        Ok(Channel {
+            memory,
+            shared,
+            endpoint: Mutex::new(Some(endpoint)),
+        })
+    }
+
+    /// The worker's half; None when it was taken before.
+    pub fn endpoint(&self) -> Option<ChannelEndpoint> {
+        lock(&self.endpoint).take()
+    }
+
+    /// What the worker hands up.
+    pub fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
+    pub fn send_inband(&self, payload: Vec<u8>, transaction_id: u64, completion: bool) {
+        self.shared.command(Command::Inband {
+            payload,
+            transaction_id,
+            completion,
+        });
+    }
+
+    pub fn send_completion(&self, transaction_id: u64, payload: Vec<u8>) {
+        self.shared.command(Command::Complete {
+            transaction_id,
+            payload,
+        });
+    }
+
+    pub fn send_rndis(&self, message: Vec<u8>) {
+        self.shared.command(Command::Rndis(message));
+    }
+
+    pub fn set_receive_buffer(
+        &self,
+        pages: Pages<'_>,
+        id: u16,
+        size: usize,
+        count: usize,
+    ) -> Result<(), ChannelError> {
+        let needed = size.checked_mul(count);
+        if needed.is_none_or(|needed| needed > pages.byte_count) || count <= CONTROL_RESERVE {
+            return Err(ChannelError(format!(
+                "{count} sub-allocations of {size} bytes in a receive buffer of {}",
+                pages.byte_count
+            )));
+        }
+        let view = self
+            .memory
+            .view(pages.pfns, pages.byte_offset, pages.byte_count)
+            .map_err(error)?;
+        self.shared.command(Command::ReceiveBuffer {
+            view,
+            id,
+            size,
+            count,
+        });
+        Ok(())
+    }
+
+    pub fn set_send_buffer(
+        &self,
+        pages: Pages<'_>,
+        section_size: usize,
+    ) -> Result<(), ChannelError> {
+        let view = self
+            .memory
+            .view(pages.pfns, pages.byte_offset, pages.byte_count)
+            .map_err(error)?;
+        self.shared.command(Command::SendBuffer { view, section_size });
+        Ok(())
+    }
+
+    pub fn revoke_receive_buffer(&self) {
+        self.shared.command(Command::RevokeReceiveBuffer);
+    }
+
+    pub fn revoke_send_buffer(&self) {
+        self.shared.command(Command::RevokeSendBuffer);
+    }
+
+    pub fn set_data(&self, enabled: bool) {
+        self.shared.command(Command::Data(enabled));
+    }
+
+    pub fn set_link(&self, up: bool) {
+        self.shared.command(Command::Link(up));
+    }
+
+    pub fn set_filter(&self, bits: u32, address: [u8; 6]) {
+        self.shared.command(Command::Filter { bits, address });
+    }
+
+    pub fn set_offload(&self, bits: u32) {
+        self.shared.command(Command::Offload(bits));
+    }
+
+    pub fn set_mtu(&self, mtu: usize) {
+        self.shared.command(Command::Mtu(mtu));
+    }
+
+    /// Lets go of an endpoint that was never attached.
+    pub fn close(&self) {
+        drop(self.endpoint());
+    }
+}

@@ -1,0 +1,84 @@
+//! The receive buffer: guest memory in sub-allocations that the host fills and the guest gives back.
+
+use vswitch_memory::{BufferView, MemoryError};
+
+use crate::limits::CONTROL_RESERVE;
+
+const END: u32 = u32::MAX;
+
+/// Sub-allocations of `size` bytes; the last [`CONTROL_RESERVE`] free ones are for control messages only.
+pub(crate) struct ReceiveBuffer {
+    view: BufferView,
+    pub(crate) id: u16,
+    pub(crate) size: usize,
+    free: Vec<u32>,
+    /// For a sub-allocation that is out: the next one of the same packet.
+    next: Vec<u32>,
+    /// Whether a packet that is out starts with this sub-allocation: its index is the transaction id.
+    first: Vec<bool>,
+}
+
+impl ReceiveBuffer {
+    pub(crate) fn new(view: BufferView, id: u16, size: usize, count: usize) -> Self {
+        ReceiveBuffer {
+            view,
+            id,
+            size,
+            free: (0..count as u32).rev().collect(),
+            next: vec![END; count],
+            first: vec![false; count],
+        }
+    }
+
+    pub(crate) fn free_count(&self) -> usize {
+        self.free.len()
+    }
+
+    /// A free sub-allocation; None when only the control reserve (or, for control, nothing) is left.
+    pub(crate) fn take(&mut self, control: bool) -> Option<u32> {
+        if self.free.len() <= if control { 0 } else { CONTROL_RESERVE } {
+            return None;
+        }
+        self.free.pop()
+    }
+
+    pub(crate) fn put_back(&mut self, index: u32) {
+        self.free.push(index);
+    }
+
+    /// Copies `data` to `offset` of sub-allocation `index`.
+    pub(crate) fn write(&self, index: u32, offset: usize, data: &[u8]) -> Result<(), MemoryError> {
+        self.view.write(index as usize * self.size + offset, data)
+    }
+
+    /// Notes that `indices` went out in one packet; its transaction id.
+    pub(crate) fn sent(&mut self, indices: &[u32]) -> u64 {
+        let Some(&head) = indices.first() else {
+            return 0;
+        };
+        self.first[head as usize] = true;
+        for pair in indices.windows(2) {
+            self.next[pair[0] as usize] = pair[1];
+        }
+        u64::from(head)
+    }
+
+    /// The guest gave a packet's sub-allocations back; false if it held no such packet.
+    pub(crate) fn completed(&mut self, transaction_id: u64) -> bool {
+        let Some(first) = usize::try_from(transaction_id)
+            .ok()
+            .and_then(|index| self.first.get_mut(index))
+        else {
+            return false;
+        };
+        if !std::mem::take(first) {
+            return false;
+        }
+        let mut index = transaction_id as u32;
+        while index != END {
+            self.free.push(index);
+            index = std::mem::replace(&mut self.next[index as usize], END);
+        }
+        true
+    }
+}
