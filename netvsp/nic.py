@@ -17,7 +17,6 @@ from typing import Any, Protocol
 from uuid import UUID
 
 from hypervisor.vmbus.device import ChannelRefused, OpenedChannel
-
 from netvsp import limits
 from netvsp.data_channel import DataChannel, open_data_channel
 from netvsp.handshake import Handshake, ProtocolError, Step

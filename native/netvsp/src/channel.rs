@@ -142,7 +142,8 @@ impl Channel {
             .memory
             .view(pages.pfns, pages.byte_offset, pages.byte_count)
             .map_err(error)?;
-        self.shared.command(Command::SendBuffer { view, section_size });
+        self.shared
+            .command(Command::SendBuffer { view, section_size });
         Ok(())
     }
 

@@ -343,14 +343,18 @@ impl ChannelEndpoint {
                 }
             }
             _ => {
-                return self.lose(format_args!("VMBus packet type {kind} on a network channel"));
+                return self.lose(format_args!(
+                    "VMBus packet type {kind} on a network channel"
+                ));
             }
         }
         match le32(packet.payload, 0) {
             None => self.lose("an NVSP message shorter than its type"),
             Some(SEND_RNDIS_PKT) => self.take_rndis(packet, batch),
             Some(message) if kind == VM_PKT_DATA_USING_GPA_DIRECT => {
-                self.lose(format_args!("NVSP message {message} in a GPA-direct packet"));
+                self.lose(format_args!(
+                    "NVSP message {message} in a GPA-direct packet"
+                ));
             }
             Some(_) => self.queue_control(ControlKind::Inband, id, requested, packet.payload),
         }
@@ -376,7 +380,9 @@ impl ChannelEndpoint {
         }
         let (Some(SEND_RNDIS_PKT_COMPLETE), Some(status)) = (le32(payload, 0), le32(payload, 4))
         else {
-            return self.lose(format_args!("completion {id:#x} without an NVSP receive status"));
+            return self.lose(format_args!(
+                "completion {id:#x} without an NVSP receive status"
+            ));
         };
         let Some(receive) = self.receive.as_mut() else {
             return;
@@ -412,7 +418,11 @@ impl ChannelEndpoint {
         let field = |at| le32(packet.payload, at).ok_or(Malformed);
         let (channel_type, index, size) = (field(4)?, field(8)?, field(12)?);
         let direct = packet.kind() == VM_PKT_DATA_USING_GPA_DIRECT;
-        let mut total = if index == NO_SECTION { 0 } else { u64::from(size) };
+        let mut total = if index == NO_SECTION {
+            0
+        } else {
+            u64::from(size)
+        };
         if direct {
             let ranges = packet.gpa_ranges().map_err(|_| Malformed)?;
             if ranges.left() as usize > MAX_GPA_RANGES {
@@ -509,7 +519,7 @@ impl ChannelEndpoint {
             le32(data, 0).ok_or(Malformed)?,
             le32(data, 4).ok_or(Malformed)? as usize,
         );
-        if !GUEST_CONTROL.contains(&kind) || length < 8 || length > MAX_CONTROL_BYTES {
+        if !GUEST_CONTROL.contains(&kind) || !(8..=MAX_CONTROL_BYTES).contains(&length) {
             return Err(Malformed);
         }
         let message = data.get(..length).ok_or(Malformed)?;
@@ -724,9 +734,8 @@ impl ChannelEndpoint {
     fn room_for(&mut self, count: usize) -> bool {
         let ranges = self.outgoing.ranges.len() + count;
         let packets = self.outgoing.ends.len() + 1 + count / MAX_RANGES_PER_PACKET;
-        let needed = packets * (24 + PADDED + 8)
-            + 8 * ranges
-            + COMPLETION_BYTES * self.completions.len();
+        let needed =
+            packets * (24 + PADDED + 8) + 8 * ranges + COMPLETION_BYTES * self.completions.len();
         match self.writer.free() {
             Ok(free) => free as usize > needed,
             Err(error) => {

@@ -214,7 +214,12 @@ pub(crate) struct MessageHead {
 }
 
 impl MessageHead {
-    pub(crate) fn new(vlan: Option<u16>, checksum: u32, packet_id: Option<u8>, length: usize) -> Self {
+    pub(crate) fn new(
+        vlan: Option<u16>,
+        checksum: u32,
+        packet_id: Option<u8>,
+        length: usize,
+    ) -> Self {
         let mut head = MessageHead {
             bytes: [0; PACKET_HEADER + 3 * 16],
             length: PACKET_HEADER,

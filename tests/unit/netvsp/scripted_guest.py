@@ -9,7 +9,6 @@ from typing import Any
 from uuid import UUID
 
 from hypervisor.vmbus.device import OpenedChannel
-
 from netvsp.nic import SyntheticNic
 from vswitch.drops import DropReason
 from vswitch.endpoint import Frame
