@@ -1,4 +1,4 @@
-"""A scripted guest for the tests of the NIC: real memfds, rings and eventfds; the test spells the messages."""
+"""A scripted guest for the NIC's tests: real memfds, rings and eventfds; the test spells the messages."""
 
 from __future__ import annotations
 
