@@ -16,7 +16,7 @@ import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from netvsc import confinement
 from netvsc import link as links
@@ -27,10 +27,13 @@ from netvsc.link import InterfaceConfig, Link
 from netvsc.memory import PageAllocator
 from netvsc.programs import Programs
 from netvsc.synic import Synic
-from netvsc.vmbus import VmbusClient
+from netvsc.vmbus import GuestChannel, VmbusClient
 from vswitch_wire import door as wire
 from vswitch_wire.engine import Engine
 from vswitch_wire.errors import WireError
+
+if TYPE_CHECKING:
+    from netvsc.native import NativeWorkers
 
 __all__ = ["Agent", "Options"]
 
@@ -62,7 +65,7 @@ class Agent:
         self._vmbus: VmbusClient | None = None
         self._synic: Synic | None = None
         self._allocator: PageAllocator | None = None
-        self._worker: Any = None
+        self._workers: NativeWorkers | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._interfaces = Interfaces(self._open_datapath, options.link)
 
@@ -134,17 +137,19 @@ class Agent:
 
     # Data paths.
 
-    def _open_datapath(self, channel: Any, link: Link) -> DataPathProtocol:
+    def _open_datapath(self, channel: GuestChannel, link: Link) -> DataPathProtocol:
         if self._options.engine == "native":
-            return self._open_native(channel, link)
+            if self._workers is None:
+                from netvsc.native import NativeWorkers
+
+                assert self._synic is not None
+                self._workers = NativeWorkers(self._synic)
+            return self._workers.open(channel, link)
         path = DataPath(
             channel.memory, channel.ring_pfns, channel.downstream_page_offset, channel.signal_fd, link
         )
         channel.on_interrupt = path.on_interrupt
         return path
-
-    def _open_native(self, channel: Any, link: Link) -> DataPathProtocol:
-        raise NotImplementedError(channel, link)
 
     # The door's frames.
 
@@ -156,6 +161,9 @@ class Agent:
         )
         self._programs.forget()
         self._interfaces.door_lost()
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
         self._lost.set()
 
     def _on_configure(self, sequence: int, message: wire.Configure, fds: list[int]) -> None:
