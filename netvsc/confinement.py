@@ -53,7 +53,7 @@ def enter(covered: list[Path]) -> int:
 
 
 def isolate_files() -> list[str]:
-    """As PID 1: an own /proc, own shared memory, ping for every group. Returns warnings, one per thing not
+    """As PID 1: an own /proc, /sys, shared memory, ping for every group. Returns warnings, one per thing not
     granted."""
     warnings: list[str] = []
     try:
@@ -61,6 +61,10 @@ def isolate_files() -> list[str]:
     except ConfinementRefused as refused:
         cover(Path("/proc"), size="4k")  # what the host runs stays out of sight all the same
         warnings.append(f"/proc is empty in this guest: {refused.strerror}")
+    try:  # /sys/class/net is the mounter's network namespace: without this, the host's interfaces
+        libc.mount("sysfs", "/sys", "sysfs", libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC)
+    except OSError as error:
+        warnings.append(f"/sys shows the host's interfaces in this guest: {error.strerror}")
     if _SHARED_MEMORY.is_dir():
         cover(_SHARED_MEMORY, size="64m")
     try:

@@ -71,6 +71,22 @@ class Guest:
             )
         return output
 
+    async def start(self, *arguments: str) -> Running:
+        """Start a probe inside; it runs until it ends by itself, or `process.kill` is called."""
+        descriptor, writer = os.pipe()
+        nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        argv = (self.python, "-m", "netvsc.probe", *arguments)
+        try:
+            process = await self.partition.exec(argv, environment(), nothing, writer, writer)
+        finally:
+            os.close(writer)
+            os.close(nothing)
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb")
+        )
+        return Running(self, process, reader, transport)
+
     async def probe(self, *arguments: str, seconds: float = 60.0, check: bool = True) -> dict[str, Any]:
         """`python -m netvsc.probe` inside; its last JSON line."""
         output = await self.run(
@@ -78,6 +94,31 @@ class Guest:
         )
         result: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
         return result
+
+
+@dataclass
+class Running:
+    """A probe inside a guest, read line by line while it runs."""
+
+    guest: Guest
+    process: Any
+    reader: asyncio.StreamReader
+    transport: asyncio.BaseTransport
+
+    async def line(self, seconds: float = 20.0) -> str:
+        """The next line of its output."""
+        async with asyncio.timeout(seconds):
+            return (await self.reader.readline()).decode()
+
+    async def result(self, seconds: float = 60.0) -> dict[str, Any]:
+        """Its last JSON line, when it ended well."""
+        async with asyncio.timeout(seconds):
+            output = (await self.reader.read()).decode()
+            status, text = await self.process.wait()
+        self.transport.close()
+        assert status == 0, f"{self.guest.name}: probe ended with {status} {text}\n{output}"
+        found: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+        return found
 
 
 async def _read_all(fd: int) -> str:
@@ -108,7 +149,7 @@ class World:
         number = len(self.guests) + 1
         mac, address = f"02:15:5d:00:00:{number:02x}", f"10.9.0.{number}"
         partition = await self.hypervisor.create_partition(name, memory_bytes=MEMORY)
-        port = self.switch.add_port(name)
+        port = self.switch.add_port(name, mtu=mtu)
         nic = SyntheticNic(
             f"{name}-eth0",
             bytes.fromhex(mac.replace(":", "")),

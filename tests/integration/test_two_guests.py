@@ -2,32 +2,84 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import pytest
-from guests import world
+from guests import Guest, world
 
+import vswitch_native
 from vswitch_wire.engine import Engine
 
-
-@pytest.mark.parametrize("engine", ["python"])
-async def test_two_guests_ping_each_other_without_loss(engine: Engine, tmp_path: Path) -> None:
-    async with world(engine, tmp_path) as lab:
-        a, b = await lab.add("a"), await lab.add("b")
-        for source, target in ((a, b), (b, a)):
-            result = await source.probe("ping", target.address, "--count", "20", "--interval", "0.02")
-            assert (result["sent"], result["lost"]) == (20, 0), source.log.read_text()
+needs_native = pytest.mark.skipif(not vswitch_native.AVAILABLE, reason=vswitch_native.WHY)
+# (host, guests): what runs in the daemon's process, and what runs in the guests'.
+ENGINES = [
+    pytest.param("python", "python", id="python"),
+    pytest.param("python", "native", id="native-guests", marks=needs_native),
+]
 
 
-@pytest.mark.parametrize("engine", ["python"])
-async def test_64_mib_over_tcp_arrive_unchanged(engine: Engine, tmp_path: Path) -> None:
-    async with world(engine, tmp_path) as lab:
-        a, b = await lab.add("a"), await lab.add("b")
-        serving = asyncio.ensure_future(b.probe("tcp-serve", "--port", "5001"))
-        await asyncio.sleep(0.5)
-        sent = await a.probe("tcp-send", b.address, "--port", "5001", "--bytes", str(64 << 20))
-        received = await serving
-        assert (sent["bytes"], sent["sha256"]) == (received["bytes"], received["sha256"])
-        assert received["bytes"] == 64 << 20
-        print(sent)
+async def both_ways(a: Guest, b: Guest, count: int = 20) -> None:
+    for source, target in ((a, b), (b, a)):
+        result = await source.probe("ping", target.address, "--count", str(count), "--interval", "0.02")
+        assert (result["sent"], result["lost"]) == (count, 0), source.log.read_text()
+
+
+async def transfer(sender: Guest, receiver: Guest, size: int) -> None:
+    server = await receiver.start("tcp-serve", "--port", "5001", "--json")
+    await server.line()  # {"listening": ...}
+    sent = await sender.probe("tcp-send", receiver.address, "--port", "5001", "--bytes", str(size))
+    received = await server.result()
+    assert received["bytes"] == sent["bytes"] == size
+    assert received["sha256"] == sent["sha256"]
+
+
+@pytest.mark.parametrize(("host", "guest"), ENGINES)
+async def test_two_guests_ping_each_other_without_loss(host: Engine, guest: Engine, tmp_path: Path) -> None:
+    async with world(host, tmp_path) as lab:
+        a, b = await lab.add("a", engine=guest), await lab.add("b", engine=guest)
+        await both_ways(a, b)
+
+
+@pytest.mark.parametrize(("host", "guest"), ENGINES)
+async def test_64_mib_over_tcp_arrive_unchanged(host: Engine, guest: Engine, tmp_path: Path) -> None:
+    async with world(host, tmp_path) as lab:
+        a, b = await lab.add("a", engine=guest), await lab.add("b", engine=guest)
+        await transfer(a, b, 64 << 20)
+
+
+async def test_where_there_is_no_tap_a_veth_pair_carries_the_same(tmp_path: Path) -> None:
+    async with world("python", tmp_path) as lab:
+        a, b = await lab.add("a", "--link", "veth"), await lab.add("b")
+        await both_ways(a, b)
+        await transfer(a, b, 8 << 20)
+        await transfer(b, a, 8 << 20)
+
+
+@needs_native
+async def test_the_native_data_path_carries_a_veth_pair_too(tmp_path: Path) -> None:
+    async with world("python", tmp_path) as lab:
+        a = await lab.add("a", "--link", "veth", engine="native")
+        b = await lab.add("b", engine="native")
+        await both_ways(a, b)
+        await transfer(a, b, 8 << 20)
+        await transfer(b, a, 8 << 20)
+
+
+async def test_guests_find_each_other_by_name(tmp_path: Path) -> None:
+    async with world("python", tmp_path) as lab:
+        a, _ = await lab.add("a"), await lab.add("b")
+        await lab.configure(a)
+        assert (await a.probe("ping", "b", "--count", "2", "--interval", "0.1"))["lost"] == 0
+        assert (await a.run("hostname")).strip() == "a"
+        assert "10.9.0.2\tb\n" in await a.run("cat", "/etc/hosts")
+
+
+@pytest.mark.parametrize("mtu", [576, 9000])
+async def test_another_mtu_is_negotiated_on_the_same_offer(mtu: int, tmp_path: Path) -> None:
+    async with world("python", tmp_path) as lab:
+        a, b = await lab.add("a", mtu=mtu), await lab.add("b", mtu=mtu)
+        assert (await a.run("cat", "/sys/class/net/eth0/mtu")).strip() == str(mtu)
+        size = str(mtu - 28)
+        result = await a.probe("ping", b.address, "--count", "5", "--interval", "0.05", "--size", size)
+        assert result["lost"] == 0
+        await transfer(a, b, 4 << 20)

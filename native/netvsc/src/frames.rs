@@ -94,7 +94,11 @@ fn sum16(data: &[u8], start: u32) -> u16 {
 
 fn complete_checksum(frame: &mut [u8], start: usize, offset: usize) {
     let check = !sum16(frame.get(start..).unwrap_or_default(), 0);
-    put16(frame, start + offset, if check == 0 { 0xFFFF } else { check });
+    put16(
+        frame,
+        start + offset,
+        if check == 0 { 0xFFFF } else { check },
+    );
 }
 
 /// Makes the RNDIS PACKET message for the frame in `buffer[HEADROOM..HEADROOM + length]` (virtio-net header first).
@@ -243,7 +247,11 @@ pub fn receive(message: &[u8]) -> Result<Received, WireError> {
 fn read_infos(mut infos: &[u8], result: &mut Received) -> Result<(), WireError> {
     while !infos.is_empty() {
         let size = le32(infos, 0) as usize;
-        if infos.len() < PPI_SIZE || size % 4 != 0 || size < PPI_SIZE || size > infos.len() {
+        if infos.len() < PPI_SIZE
+            || !size.is_multiple_of(4)
+            || size < PPI_SIZE
+            || size > infos.len()
+        {
             return bad("RNDIS packet info", "a record does not lie inside");
         }
         let value = le32(infos, 12);
@@ -293,7 +301,11 @@ fn vnet_header(head: &mut [u8], frame: &mut [u8], checksum: u32, mtu: usize) {
         return;
     };
     if !oversize {
-        let offset = if protocol == TCP { TCP_CHECK } else { UDP_CHECK };
+        let offset = if protocol == TCP {
+            TCP_CHECK
+        } else {
+            UDP_CHECK
+        };
         head[0] = NEEDS_CSUM;
         head[6..8].copy_from_slice(&(start as u16).to_le_bytes());
         head[8..10].copy_from_slice(&offset.to_le_bytes());
@@ -308,7 +320,11 @@ fn large_receive(head: &mut [u8], frame: &mut [u8], start: usize, ipv6: bool, mt
     let mss = mtu.saturating_sub(header_length - ETH_HEADER);
     let tcp_length = (frame.len() - start) as u32;
     let addresses = if ipv6 {
-        put16(frame, ETH_HEADER + 4, (frame.len() - ETH_HEADER - 40) as u16);
+        put16(
+            frame,
+            ETH_HEADER + 4,
+            (frame.len() - ETH_HEADER - 40) as u16,
+        );
         ETH_HEADER + 8..ETH_HEADER + 40
     } else {
         put16(frame, ETH_HEADER + 2, (frame.len() - ETH_HEADER) as u16);
@@ -340,9 +356,7 @@ fn transport(frame: &[u8]) -> Option<(usize, u8, bool)> {
             let start = ETH_HEADER + usize::from(frame[ETH_HEADER] & 0xF) * 4;
             (start, frame[ETH_HEADER + 9], false)
         }
-        0x86DD if frame.len() >= ETH_HEADER + 40 => {
-            (ETH_HEADER + 40, frame[ETH_HEADER + 6], true)
-        }
+        0x86DD if frame.len() >= ETH_HEADER + 40 => (ETH_HEADER + 40, frame[ETH_HEADER + 6], true),
         _ => return None,
     };
     let need = match protocol {
@@ -371,7 +385,10 @@ mod tests {
         let frame = [7u8; 60];
         let message = message(&frame, [0; 10], true);
         let received = receive(&message).unwrap();
-        assert_eq!(&message[received.start..received.start + received.length], frame);
+        assert_eq!(
+            &message[received.start..received.start + received.length],
+            frame
+        );
         assert_eq!((received.checksum, received.vlan), (0, None));
     }
 
@@ -392,7 +409,14 @@ mod tests {
     #[test]
     fn lying_lengths_are_refused() {
         let good = message(&[7u8; 60], [0; 10], true);
-        for (at, value) in [(4, 4000), (8, 35), (8, 0xFFFF_FFF0), (12, 0), (12, 0xFFFF_FFFF), (32, 8)] {
+        for (at, value) in [
+            (4, 4000),
+            (8, 35),
+            (8, 0xFFFF_FFF0),
+            (12, 0),
+            (12, 0xFFFF_FFFF),
+            (32, 8),
+        ] {
             let mut bytes = good.clone();
             put_le32(&mut bytes, at, value);
             assert!(receive(&bytes).is_err(), "{at}: {value}");

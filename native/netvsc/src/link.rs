@@ -80,11 +80,15 @@ impl Link {
         if !header.is_null() {
             // SAFETY: a non-null header is inside `ancillary`, which is aligned for it.
             let (level, kind, size) = unsafe {
-                ((*header).cmsg_level, (*header).cmsg_type, (*header).cmsg_len)
+                (
+                    (*header).cmsg_level,
+                    (*header).cmsg_type,
+                    (*header).cmsg_len,
+                )
             };
             // SAFETY: CMSG_LEN only computes.
             let needed = unsafe { libc::CMSG_LEN(mem::size_of::<Auxiliary>() as u32) } as usize;
-            if level == libc::SOL_PACKET && kind == libc::PACKET_AUXDATA && size as usize >= needed {
+            if level == libc::SOL_PACKET && kind == libc::PACKET_AUXDATA && size >= needed {
                 // SAFETY: the kernel wrote at least `needed` bytes of this message into `ancillary`.
                 let data = unsafe {
                     std::ptr::read_unaligned(libc::CMSG_DATA(header).cast::<Auxiliary>())

@@ -172,7 +172,10 @@ pub struct Path {
 
 fn send_rndis_packet(channel: u32, section: u32, size: u32) -> [u8; 16] {
     let mut body = [0; 16];
-    for (place, value) in body.chunks_exact_mut(4).zip([SEND_RNDIS_PKT, channel, section, size]) {
+    for (place, value) in body
+        .chunks_exact_mut(4)
+        .zip([SEND_RNDIS_PKT, channel, section, size])
+    {
         place.copy_from_slice(&value.to_le_bytes());
     }
     body
@@ -392,7 +395,11 @@ impl Path {
         };
         self.rndis_busy = true;
         view.write(CONTROL_SECTION * self.section_size, &message)?;
-        let body = send_rndis_packet(CHANNEL_CONTROL, CONTROL_SECTION as u32, message.len() as u32);
+        let body = send_rndis_packet(
+            CHANNEL_CONTROL,
+            CONTROL_SECTION as u32,
+            message.len() as u32,
+        );
         self.put_inband(&body, ID_CONTROL, true)
     }
 
@@ -466,7 +473,12 @@ impl Path {
     }
 
     /// Puts a message behind the others of a section; the one before it grows to the alignment.
-    fn append(&self, view: &BufferView, batch: &mut Batch, message: &[u8]) -> Result<(), RingError> {
+    fn append(
+        &self,
+        view: &BufferView,
+        batch: &mut Batch,
+        message: &[u8],
+    ) -> Result<(), RingError> {
         let base = batch.section * self.section_size;
         let padded = batch.filled.next_multiple_of(self.alignment);
         if padded != batch.filled {
@@ -498,7 +510,9 @@ impl Path {
             self.count(Count::TxErrors, 1);
             return Ok(());
         };
-        let (Some(bounce), Some(busy)) = (self.bounces.get(index), self.busy_bounces.get_mut(index)) else {
+        let (Some(bounce), Some(busy)) =
+            (self.bounces.get(index), self.busy_bounces.get_mut(index))
+        else {
             return Ok(());
         };
         let Some(pfns) = bounce.pfns.get(..pages) else {
@@ -654,7 +668,8 @@ impl Path {
         let mut run: Option<(u32, Option<u16>)> = None;
         for range in ranges {
             let (offset, count) = (range.byte_offset as usize, range.byte_count as usize);
-            let inside = u64::from(range.byte_offset) + u64::from(range.byte_count) <= self.receive_size;
+            let inside =
+                u64::from(range.byte_offset) + u64::from(range.byte_count) <= self.receive_size;
             let view = self
                 .receive_view
                 .as_ref()

@@ -141,7 +141,11 @@ impl Worker {
     /// Ends the thread and everything on it.
     pub fn end(&self) {
         self.send(Command::End);
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let thread = self
+            .thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         if let Some(thread) = thread {
             let _ = thread.join();
         }
@@ -196,9 +200,8 @@ impl State {
             u64: token,
         };
         // SAFETY: both descriptors are open and `event` is valid during the call.
-        let done = unsafe {
-            libc::epoll_ctl(self.epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, fd, &mut event)
-        };
+        let done =
+            unsafe { libc::epoll_ctl(self.epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, fd, &mut event) };
         if done < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -273,7 +276,9 @@ impl State {
             let set = (0u32..).zip(flags).filter(|(_, byte)| *byte != 0);
             let found: Vec<u32> = set
                 .flat_map(|(index, byte)| {
-                    (0..8).filter(move |bit| byte >> bit & 1 != 0).map(move |bit| index * 8 + bit)
+                    (0..8)
+                        .filter(move |bit| byte >> bit & 1 != 0)
+                        .map(move |bit| index * 8 + bit)
                 })
                 .filter(|flag| !paths.values().any(|running| running.relid == *flag))
                 .collect();

@@ -50,9 +50,19 @@ pub struct PyWorker {
 #[pymethods]
 impl PyWorker {
     #[new]
-    fn new(memory: &PyGuestMemory, interrupt_fd: RawFd, siefp_gpa: u64, sint: u32) -> PyResult<Self> {
+    fn new(
+        memory: &PyGuestMemory,
+        interrupt_fd: RawFd,
+        siefp_gpa: u64,
+        sint: u32,
+    ) -> PyResult<Self> {
         let memory = memory.shared()?;
-        let worker = Worker::start(Arc::clone(&memory), duplicate(interrupt_fd)?, siefp_gpa, sint)?;
+        let worker = Worker::start(
+            Arc::clone(&memory),
+            duplicate(interrupt_fd)?,
+            siefp_gpa,
+            sint,
+        )?;
         Ok(Self {
             inner: Arc::new(worker),
             memory,
