@@ -20,7 +20,7 @@ from netvsc.memory import PageAllocator
 from netvsc.synic import Synic
 from netvsc.vmbus import VmbusClient
 from vswitch_wire import door as wire
-from vswitch_wire import packet
+from vswitch_wire import hypercall, packet, synic, vmbus
 from vswitch_wire.errors import WireError
 from vswitch_wire.memory import GuestMemory, Region, drain_fd
 from vswitch_wire.ring import RingReader, RingWriter
@@ -166,6 +166,7 @@ class RawGuest:
         self.hello: wire.Hello | None = None
         self.hello_sequence = 0
         self.fds: list[int] = []
+        self.delivered: list[wire.Deliver] = []
 
     async def accept(self) -> wire.Hello:
         """Take the connection and the HELLO, without an answer."""
@@ -201,11 +202,13 @@ class RawGuest:
         """The next frame. EOFError at the end."""
         assert self.sock is not None
         loop = asyncio.get_running_loop()
-        readable = loop.create_future()
-        loop.add_reader(self.sock, lambda: readable.done() or readable.set_result(None))
-        async with asyncio.timeout(5):
-            await readable
-        loop.remove_reader(self.sock)
+        readable = asyncio.Event()
+        loop.add_reader(self.sock, readable.set)
+        try:
+            async with asyncio.timeout(5):
+                await readable.wait()
+        finally:
+            loop.remove_reader(self.sock)
         data, fds, _, _ = socket.recv_fds(self.sock, wire.MAX_FRAME, 80)
         if not data:
             raise EOFError
@@ -239,6 +242,64 @@ class RawGuest:
             message = wire.Hypercall(0, code, PAGE if block else 0, output)
         result = await self.ask(message)
         return int(result.rax) & 0xFFFF
+
+    async def start_synic(self) -> RawGuest:
+        """Message page at 3, flag page at 4, SINT 2 unmasked."""
+        for msr, value in (
+            (synic.HV_X64_MSR_GUEST_OS_ID, 1 << 63),
+            (synic.HV_X64_MSR_SIMP, 3 * PAGE | 1),
+            (synic.HV_X64_MSR_SIEFP, 4 * PAGE | 1),
+            (synic.HV_X64_MSR_SINT0 + 2, 0x50),
+            (synic.HV_X64_MSR_SCONTROL, 1),
+        ):
+            answer = await self.ask(wire.MsrWrite(0, msr, value))
+            assert not answer.fault
+        return self
+
+    async def post(self, message: vmbus.ChannelMessage | bytes, connection: int = 1) -> int:
+        """HvCallPostMessage with a channel message; the status. Messages delivered meanwhile are in `delivered`."""
+        payload = message if isinstance(message, bytes) else message.pack()
+        self.memory.write(PAGE, hypercall.PostMessage(connection, 1, payload).pack())
+        self.send(wire.Hypercall(0, hypercall.HvCallPostMessage, PAGE), 77)
+        while True:
+            sequence, answer, fds = await self.receive()
+            if sequence == 77 and isinstance(answer, wire.HypercallResult):
+                return answer.rax & 0xFFFF
+            self._note(answer, fds)
+
+    def _note(self, answer: wire.DoorMessage, fds: list[int]) -> None:
+        self.fds.extend(fds)
+        if isinstance(answer, wire.Deliver):
+            self.delivered.append(answer)
+
+    async def message(self, *, eom: bool = True) -> vmbus.ChannelMessage:
+        """The next channel message from the host, ended at once unless told otherwise."""
+        while not self.delivered:
+            _, answer, fds = await self.receive()
+            self._note(answer, fds)
+        delivered = self.delivered.pop(0)
+        if eom:
+            self.send(wire.Eom(delivered.vp, delivered.sint))
+        return vmbus.decode(synic.Message.unpack(delivered.message).payload)
+
+    async def contact(self, version: int = vmbus.VmbusVersion.WIN10, **more: Any) -> vmbus.VersionResponse:
+        """INITIATE_CONTACT and its answer."""
+        message = vmbus.InitiateContact(version, more.pop("target_vp", 0), more.pop("target", 2), **more)
+        assert await self.post(message, 4 if version >= vmbus.VmbusVersion.WIN10_RS3_1 else 1) == 0
+        answer = await self.message()
+        assert isinstance(answer, vmbus.VersionResponse)
+        return answer
+
+    async def silent(self, seconds: float = 0.05) -> bool:
+        """Whether the host sends nothing for a while."""
+        try:
+            async with asyncio.timeout(seconds):
+                while not self.delivered:
+                    _, answer, fds = await self.receive()
+                    self._note(answer, fds)
+            return False
+        except TimeoutError:
+            return True
 
     def close(self) -> None:
         """Die."""

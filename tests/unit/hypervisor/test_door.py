@@ -167,7 +167,8 @@ async def test_a_flood_of_frames_slows_only_its_sender(world: World) -> None:
     frame = wire.pack(wire.MsrRead(0, synic.HV_X64_MSR_VP_INDEX), 1)
     loop = asyncio.get_running_loop()
     assert flooder.sock is not None
-    sent = blocked = slowest = 0
+    sent = blocked = 0
+    slowest = 0.0
     end = loop.time() + 1.0
     while loop.time() < end:
         for _ in range(200):
