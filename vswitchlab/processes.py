@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 SOCK_SEQPACKET = 5
+SO_ACCEPTCON = 0x10000
 
 
 @dataclass(slots=True)
@@ -30,7 +31,8 @@ class Holdings:
 
     pid: int
     memory: set[int] = field(default_factory=set)
-    doors: set[int] = field(default_factory=set)
+    doors: set[int] = field(default_factory=set)  # connected
+    listening: set[int] = field(default_factory=set)  # where a restarted daemon connects to the door again
     events: int = 0
     taps: int = 0
     inside: int = 0  # sockets that exist only in the guest's own network namespace
@@ -45,8 +47,8 @@ class Holdings:
 def holdings(pid: int) -> Holdings:
     """Reads `/proc/<pid>`: descriptors and shared mappings. Raises OSError when it is gone or not ours."""
     held = Holdings(pid)
-    outside = {inode: kind for inode, kind, _ in unix_sockets(os.getpid())}
-    inside = {inode for inode, _, _ in unix_sockets(pid)} | set(_other_sockets(pid))
+    outside = {each.inode: each for each in unix_sockets(os.getpid())}
+    inside = {each.inode for each in unix_sockets(pid)} | set(_other_sockets(pid))
     separate = namespace(pid, "net") != namespace(os.getpid(), "net")
     for number, target in _descriptors(pid):
         path = Path(f"/proc/{pid}/fd/{number}")
@@ -54,8 +56,8 @@ def holdings(pid: int) -> Holdings:
             held.memory.add(path.stat().st_ino)
         elif target.startswith("socket:["):
             inode = int(target[8:-1])
-            if outside.get(inode) == SOCK_SEQPACKET:
-                held.doors.add(inode)
+            if inode in outside and outside[inode].kind == SOCK_SEQPACKET:
+                (held.listening if outside[inode].listens else held.doors).add(inode)
             elif separate and inode in inside and inode not in outside:
                 held.inside += 1
             else:
@@ -108,11 +110,22 @@ def _shared_maps(pid: int) -> Iterator[tuple[int, str]]:
             yield int(words[4]), words[5] if len(words) > 5 else ""
 
 
-def unix_sockets(pid: int) -> Iterator[tuple[int, int, str]]:
-    """(inode, type, path) of the Unix sockets in the network namespace of `pid`."""
+@dataclass(frozen=True, slots=True)
+class UnixSocket:
+    """A line of /proc/net/unix; `path` is empty where it has no name."""
+
+    inode: int
+    kind: int
+    listens: bool
+    path: str
+
+
+def unix_sockets(pid: int) -> Iterator[UnixSocket]:
+    """The Unix sockets in the network namespace of `pid`."""
     for line in Path(f"/proc/{pid}/net/unix").read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
         words = line.split(maxsplit=7)
-        yield int(words[6]), int(words[4], 16), words[7] if len(words) > 7 else ""
+        listens = bool(int(words[3], 16) & SO_ACCEPTCON)
+        yield UnixSocket(int(words[6]), int(words[4], 16), listens, words[7] if len(words) > 7 else "")
 
 
 def _other_sockets(pid: int) -> Iterator[int]:

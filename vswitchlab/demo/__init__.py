@@ -53,9 +53,7 @@ async def run(engine: str | None, output: str) -> int:
         text = str(error)
         if remedy := getattr(error, "remedy", ""):
             text += f"; remedy: {remedy}"
-        checks.append(
-            Check("lab_up", False, text, time.monotonic() - started, [str(directory / "daemon.log")])
-        )
+        checks.append(Check("lab_up", False, text, time.monotonic() - started, _logs(directory)))
     failed = [check for check in checks if not check.passed]
     if not failed:
         shutil.rmtree(directory, ignore_errors=True)
@@ -132,12 +130,16 @@ async def _check(stage: Stage, action: Action, report: Reporter) -> Check:
 
 def _evidence(stage: Stage) -> list[str]:
     """Files to look at: logs, and the capture so far, which is written for this."""
-    paths = sorted(str(path) for path in stage.run_dir.rglob("*.log"))
+    paths = _logs(stage.run_dir)
     if stage.capture:
         file = stage.run_dir.parent / "capture.pcapng"
         file.write_bytes(stage.capture)
         paths.append(str(file))
     return paths
+
+
+def _logs(directory: Path) -> list[str]:
+    return sorted(str(path) for path in directory.rglob("*.log"))
 
 
 async def _end(daemon: DaemonProcess, stage: Stage) -> None:
@@ -161,8 +163,8 @@ def _finish(
     if output == "table":
         for check in checks:
             print(f"{'ok    ' if check.passed else 'FAILED'} {check.name:16} {check.detail}")
-            for path in check.evidence:
-                print(f"       see {path}")
+        for path in dict.fromkeys(path for check in checks for path in check.evidence):
+            print(f"see {path}")
         if kept:
             print(f"kept for you: {kept}")
         print(last)
