@@ -29,7 +29,7 @@ class NoPing(Filter):
     def ingress(self, packet):
         return packet.drop("no ping today") if packet.icmp else packet.allow()
 ''')
-    assert net.ping("a", "b", count=3, interval=0.05) == 0
+    assert net.ping("a", "10.77.0.2", count=3, interval=0.05) == 0
 """
 
 
