@@ -19,6 +19,8 @@ from vswitchctl import names, terminal
 from vswitchctl.aio import AsyncClient
 from vswitchctl.client import VswitchError
 from vswitchctl.launch import LaunchError
+from vswitchctl.output import Format
+from vswitchctl.session import Output
 from vswitchlab import graph as pictures
 from vswitchlab import lifecycle, show
 from vswitchlab.guests import environment
@@ -39,14 +41,6 @@ lab_app = typer.Typer(
 )
 
 
-class Output(StrEnum):
-    """How results are written to stdout."""
-
-    TABLE = "table"
-    JSON = "json"
-    YAML = "yaml"
-
-
 class Picture(StrEnum):
     """The forms of `lab graph`."""
 
@@ -61,7 +55,6 @@ class EngineName(StrEnum):
     PYTHON = "python"
 
 
-OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How to write the result.")]
 FileArgument = Annotated[
     Path | None,
     typer.Argument(help="The lab file; default: the only lab.yaml or *.lab.yaml here.", show_default=False),
@@ -122,7 +115,7 @@ def _name(name: str | None) -> str | None:
 
 
 @lab_app.command("up")
-def lab_up(file: FileArgument = None, output: OutputOption = Output.TABLE) -> None:
+def lab_up(file: FileArgument = None, output: Output = Format.TABLE) -> None:
     """Bring a lab up; starts the daemon where none runs."""
     lab = _lab(file)
 
@@ -164,7 +157,7 @@ def lab_down(name: NameArgument = None) -> None:
 
 
 @lab_app.command("list")
-def lab_list(output: OutputOption = Output.TABLE) -> None:
+def lab_list(output: Output = Format.TABLE) -> None:
     """The labs that are up."""
 
     async def act(client: AsyncClient) -> None:
@@ -175,7 +168,7 @@ def lab_list(output: OutputOption = Output.TABLE) -> None:
 
 
 @lab_app.command("show")
-def lab_show(name: NameArgument = None, output: OutputOption = Output.TABLE) -> None:
+def lab_show(name: NameArgument = None, output: Output = Format.TABLE) -> None:
     """The guests of a lab that is up, their NICs, ports and addresses."""
     wanted = _name(name)
 
@@ -232,10 +225,10 @@ def lab_graph(
 
 
 @lab_app.command("validate")
-def lab_validate(file: FileArgument = None, output: OutputOption = Output.TABLE) -> None:
+def lab_validate(file: FileArgument = None, output: Output = Format.TABLE) -> None:
     """Check a lab file without bringing it up; -o yaml shows it with every default filled in."""
     lab = _lab(file)
-    if output is Output.TABLE:
+    if output is Format.TABLE:
         nics = sum(len(guest.nics) for guest in lab.guests)
         parts = (
             _count(len(lab.switches), "switch", "es"),
@@ -254,14 +247,14 @@ def lab_schema() -> None:
     typer.echo(schema_text())
 
 
-def doctor(output: OutputOption = Output.TABLE) -> None:
+def doctor(output: Output = Format.TABLE) -> None:
     """Say what this machine lacks, what that costs and what mends it; status 1 when guests cannot run."""
     from vswitchlab.doctor import blockers, diagnose, gather
 
     findings = diagnose(gather())
     rows = [finding.as_dict() for finding in findings]
     bad = blockers(findings)
-    if output is Output.TABLE:
+    if output is Format.TABLE:
         for finding in findings:
             typer.echo(f"{finding.level.value:7} {finding.check}: {finding.text}")
             if finding.remedy:
@@ -277,9 +270,9 @@ def doctor(output: OutputOption = Output.TABLE) -> None:
 
 def demo(
     engine: Annotated[EngineName | None, typer.Option(help="Default: native where it is installed.")] = None,
-    output: OutputOption = Output.TABLE,
+    output: Output = Format.TABLE,
 ) -> None:
     """The whole story in under half a minute, each claim checked; status 1 when a check fails."""
     from vswitchlab.demo import run
 
-    raise typer.Exit(asyncio.run(run(engine.value if engine else None, output.value)))
+    raise typer.Exit(asyncio.run(run(engine.value if engine else None, output)))

@@ -116,9 +116,18 @@ async def ensure_daemon(
         report.doing("starting the daemon")
         run_dir = client.socket.parent
         await asyncio.to_thread(start_daemon, run_dir, engine=engine, started_by=STARTED_BY)
-        info = await client.get_info()
+        info = await _first_answer(client)
         report.note(f"daemon started (pid {info.pid}, run directory {info.run_dir})")
         return info
+
+
+async def _first_answer(client: AsyncClient) -> daemon_pb2.GetInfoResponse:
+    """The channel has seen the socket refuse; it tries again by itself after a moment."""
+    for _ in range(100):
+        with contextlib.suppress(DaemonUnavailable):
+            return await client.get_info()
+        await asyncio.sleep(0.02)
+    return await client.get_info()
 
 
 async def stop_idle_daemon(client: AsyncClient) -> bool:

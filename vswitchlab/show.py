@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import yaml
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from vswitch_api.v1 import nic_pb2, partition_pb2
 from vswitchctl import names
 from vswitchctl.aio import AsyncClient
+from vswitchctl.output import Format, write_plain, write_table
 from vswitchlab.lifecycle import RunningLab, engine_name
 
 __all__ = ["emit", "lab_rows", "labs_rows"]
@@ -21,20 +16,13 @@ __all__ = ["emit", "lab_rows", "labs_rows"]
 Row = Mapping[str, Any]
 
 
-def emit(output: str, data: Any, rows: Sequence[Row], columns: Sequence[str]) -> None:
+def emit(output: Format, data: Any, rows: Sequence[Row], columns: Sequence[str]) -> None:
     """Writes `data` as JSON or YAML, or `rows` as a table, to stdout."""
-    if output == "json":
-        print(json.dumps(data, indent=2))
-    elif output == "yaml":
-        print(yaml.safe_dump(data, sort_keys=False), end="")
+    if output is Format.TABLE:
+        headings = [column.replace("_", " ") for column in columns]
+        write_table(headings, [[_cell(row.get(column, "")) for column in columns] for row in rows])
     else:
-        console = Console(highlight=False, soft_wrap=True)
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in columns:
-            table.add_column(column.replace("_", " ").upper(), no_wrap=True)
-        for row in rows:
-            table.add_row(*(_cell(row.get(column, "")) for column in columns))
-        console.print(table, markup=False)
+        write_plain(data, output)
 
 
 def _cell(value: Any) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from vswitchctl.aio import AsyncClient
 from vswitchctl.client import VswitchError
 from vswitchctl.launch import DaemonProcess, LaunchError, start_daemon
+from vswitchctl.output import Format, write_plain
 from vswitchlab import lifecycle
 from vswitchlab.demo.checks import DURING_CAPTURE, FINAL, STORY, Action, no_shortcut
 from vswitchlab.demo.stage import Check, CheckFailed, Stage
@@ -27,8 +28,8 @@ LAB = "guests: [a, b]"
 LIMIT_SECONDS = 150.0  # for one check; a hang is a failure with a name
 
 
-async def run(engine: str | None, output: str) -> int:
-    """Tells the story; the exit status. `output` is table, json or yaml."""
+async def run(engine: str | None, output: Format) -> int:
+    """Tells the story; the exit status."""
     facts = await asyncio.to_thread(gather)
     chosen = engine or ("python" if facts.native_missing else "native")
     if engine == "native" and facts.native_missing:
@@ -155,12 +156,12 @@ async def _end(daemon: DaemonProcess, stage: Stage) -> None:
 
 
 def _finish(
-    checks: list[Check], guests: str, engine: str, started: float, output: str, kept: Path | None = None
+    checks: list[Check], guests: str, engine: str, started: float, output: Format, kept: Path | None = None
 ) -> int:
     passed = sum(check.passed for check in checks)
     failed = len(checks) - passed
     last = f"demo: {passed} checks passed, {failed} failed (guests: {guests}, engine: {engine})"
-    if output == "table":
+    if output is Format.TABLE:
         for check in checks:
             print(f"{'ok    ' if check.passed else 'FAILED'} {check.name:16} {check.detail}")
         for path in dict.fromkeys(path for check in checks for path in check.evidence):
@@ -178,7 +179,5 @@ def _finish(
             "seconds": round(time.monotonic() - started, 2),
             "summary": last,
         }
-        from vswitchlab import show
-
-        show.emit(output, data, (), ())
+        write_plain(data, output)
     return 1 if failed else 0
