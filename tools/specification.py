@@ -1,7 +1,7 @@
 """Checks SPECIFICATION.md: every promise names a test that exists, and (with --results) that ran and passed.
 
 A holder is written in backticks in the last column of a table row:
-`tests/...::test_name` (pytest), `rust:crate::test_name` (cargo), or `make target` / `.ci/run: step` (a check of CI's own).
+`tests/...::test_name` (pytest), `rust:crate::test_name` (cargo), `make target` or `.ci/run: step` (CI's own).
 """
 
 from __future__ import annotations
@@ -32,13 +32,18 @@ def exists(holder: str) -> bool:
         path, _, name = holder.partition("::")
         name = name.split("[")[0].rpartition("::")[2]
         file = ROOT / path
-        return file.is_file() and (not name or re.search(rf"def {re.escape(name)}\(", file.read_text()) is not None)
+        return file.is_file() and (
+            not name or re.search(rf"def {re.escape(name)}\(", file.read_text()) is not None
+        )
     if holder.startswith("rust:"):
         crate, _, name = holder.removeprefix("rust:").partition("::")
         sources = (ROOT / "native" / crate).rglob("*.rs")
         return any(re.search(rf"fn {re.escape(name)}\(", source.read_text()) for source in sources)
     if holder.startswith("make "):
-        return re.search(rf"^{re.escape(holder.removeprefix('make '))}:", (ROOT / "Makefile").read_text(), re.M) is not None
+        return (
+            re.search(rf"^{re.escape(holder.removeprefix('make '))}:", (ROOT / "Makefile").read_text(), re.M)
+            is not None
+        )
     if holder.startswith(".ci/run: "):
         return holder.removeprefix(".ci/run: ") in (ROOT / ".ci/run").read_text()
     return False
@@ -68,7 +73,9 @@ def main() -> int:
     """Prints what is wrong; 0 when nothing is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--names", action="store_true", help="check that every holder exists (the default)")
-    parser.add_argument("--results", type=Path, help="pytest's JUnit file: every pytest holder must have passed")
+    parser.add_argument(
+        "--results", type=Path, help="pytest's JUnit file: every pytest holder must have passed"
+    )
     options = parser.parse_args()
     promises = rows((ROOT / "SPECIFICATION.md").read_text())
     problems = []
@@ -77,7 +84,9 @@ def main() -> int:
     for promise, holders in promises:
         if not holders:
             problems.append(f"nothing holds: {promise}")
-        problems += [f"{holder} does not exist, but holds: {promise}" for holder in holders if not exists(holder)]
+        for holder in holders:
+            if not exists(holder):
+                problems.append(f"{holder} does not exist, but holds: {promise}")
     if options.results:
         good = passed(options.results)
         files = {name.partition("::")[0] for name in good}

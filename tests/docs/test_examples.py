@@ -48,7 +48,12 @@ def test_python_snippets_run(place: str, text: str, tmp_path: Path) -> None:
     script.write_text(text)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=50
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=50,
     )
     assert done.returncode == 0, f"{place}:\n{done.stdout}{done.stderr}"
 

@@ -1,4 +1,4 @@
-"""Installing vswitch as a newcomer would: a wheel without cargo, a source tree without cargo, an ordinary user."""
+"""Installing as a newcomer would: a wheel without cargo, a tree without cargo, as an ordinary user."""
 
 from __future__ import annotations
 
@@ -80,7 +80,17 @@ def source_copy(destination: Path) -> None:
 def test_wheel_installs_for_an_ordinary_user_without_cargo_and_runs_the_demo(
     newcomer: Newcomer, tmp_path: Path
 ) -> None:
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        str(tmp_path),
+        str(ROOT),
+    ]
     subprocess.run(build, check=True, timeout=600)
     (wheel,) = tmp_path.glob("vswitch-*.whl")
     assert "abi3" in wheel.name, f"{wheel.name} is bound to one Python version or lacks the native module"
@@ -101,6 +111,8 @@ def test_source_tree_installs_without_cargo_and_says_once_what_is_missing(newcom
     newcomer.own(tree)
     demo = newcomer.run("make", "-C", tree, "demo", f"PYTHON={readable_python()}")
     assert demo.stdout.count("the native module is not built") == 1, demo.stdout
-    assert demo.stdout.strip().splitlines()[-1].endswith("make: Leaving directory '" + str(tree) + "'"), demo.stdout
+    assert demo.stdout.strip().splitlines()[-1].endswith("make: Leaving directory '" + str(tree) + "'"), (
+        demo.stdout
+    )
     verdict = [line for line in demo.stdout.splitlines() if line.startswith("demo: ")][-1]
     assert verdict.endswith("0 failed (guests: netns, engine: python)"), demo.stdout
