@@ -71,7 +71,7 @@ def compile_filter(expression: str) -> PacketFilter:
     Raises FilterError when the expression is wrong, or when cypcap, which brings libpcap, is not installed.
     """
     try:
-        cypcap = importlib.import_module("cypcap")
+        import cypcap
     except ImportError:
         raise FilterError(
             "filters need libpcap's compiler, which is not installed; pip install 'vswitch[filter]'"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from scapy.config import conf
 from scapy.fields import ByteEnumField, ByteField, LEIntField
+from scapy.layers.l2 import Ether
 from scapy.packet import Packet, bind_layers
 
 from netvsc.scapy_layers.rndis import RNDIS
@@ -35,16 +36,21 @@ conf.l2types.register(LINKTYPE_USER0, VMBusCaptured)
 
 def summary(data: bytes) -> str:
     """What a captured record is, in one line: its innermost message and that one's first fields."""
-    layer: Packet = VMBusCaptured(data)
-    names = []
-    while layer.payload and layer.payload.name not in ("Raw", "Padding", "NoPayload"):
-        layer = layer.payload
-        names.append(str(layer.name))
-        if layer.name == "Ethernet":
-            return " / ".join(names[:-1]) + " " + str(layer.summary())
-    shown = [
-        f"{field.name}={layer.sprintf(f'%{field.name}%')}"
-        for field in layer.fields_desc[:6]
-        if isinstance(getattr(layer, field.name), int) and field.name not in ("padding", "reserved")
-    ]
-    return " ".join([names[-1] if names else "nothing known", *shown])
+    try:
+        layer: Packet = VMBusCaptured(data)
+        names = []
+        while layer.payload and layer.payload.name not in ("Raw", "Padding"):
+            layer = layer.payload
+            names.append(str(layer.name))
+            if isinstance(layer, Ether):
+                return f"{' / '.join(names[:-1])} {layer.summary()}"
+        if not names:
+            return "nothing known"
+        shown = [
+            f"{field.name}={layer.sprintf(f'%{field.name}%')}"
+            for field in layer.fields_desc[:6]
+            if isinstance(getattr(layer, field.name), int) and field.name not in ("padding", "reserved")
+        ]
+        return " ".join([names[-1], *shown])
+    except Exception as error:  # scapy raises what its fields raise on bytes that are cut short
+        return f"malformed ({type(error).__name__})"
