@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,33 @@ ENGINES = [
     pytest.param("python", "python", id="python"),
     pytest.param("python", "native", id="native-guests", marks=needs_native),
 ]
+
+
+def readable_python() -> str:
+    """An interpreter of this version that every user can run."""
+    own = Path(sys.executable).resolve()
+    if all(os.stat(parent).st_mode & 0o001 for parent in own.parents):
+        return sys.executable
+    found = shutil.which(f"python{sys.version_info[0]}.{sys.version_info[1]}", path="/usr/bin:/usr/local/bin")
+    assert found is not None, f"{own} is private to root, and /usr/bin has no Python of its version"
+    return found
+
+
+def open_to_all(directory: Path) -> None:
+    """Let other users reach a test's files."""
+    for parent in (directory, *directory.parents):
+        if "pytest" in parent.name or parent == directory:
+            parent.chmod(0o755)
+
+
+def owner(pid: int) -> int:
+    """The uid a process runs under, seen from here."""
+    return os.stat(f"/proc/{pid}").st_uid
+
+
+def tap_for_all() -> bool:
+    """Whether an ordinary user may open /dev/net/tun."""
+    return os.path.exists("/dev/net/tun") and bool(os.stat("/dev/net/tun").st_mode & 0o006)
 
 
 async def both_ways(a: Guest, b: Guest, count: int = 20) -> None:
@@ -72,6 +102,27 @@ async def test_guests_find_each_other_by_name(tmp_path: Path) -> None:
         assert (await a.probe("ping", "b", "--count", "2", "--interval", "0.1"))["lost"] == 0
         assert (await a.run("hostname")).strip() == "a"
         assert "10.9.0.2\tb\n" in await a.run("cat", "/etc/hosts")
+
+
+@pytest.mark.parametrize(("host", "guest"), ENGINES)
+async def test_an_ordinary_user_runs_the_same(host: Engine, guest: Engine, tmp_path: Path) -> None:
+    """Started by root, the guests run as nobody, who has no TAP where udev did not open it to all."""
+    async with world(host, tmp_path) as lab:
+        if os.getuid() == 0:
+            lab.launcher = (
+                "setpriv",
+                "--reuid=65534",
+                "--regid=65534",
+                "--clear-groups",
+                "--bounding-set=-all",
+            )
+            lab.python = readable_python()
+            open_to_all(tmp_path)
+        a, b = await lab.add("a", engine=guest), await lab.add("b", engine=guest)
+        assert owner(a.agent_pid) == (65534 if os.getuid() == 0 else os.getuid())
+        await both_ways(a, b)
+        await transfer(a, b, 64 << 20)
+        assert ("no TAP, the interface is a veth pair" in a.log.read_text()) is (not tap_for_all())
 
 
 @pytest.mark.parametrize("mtu", [576, 9000])
