@@ -136,7 +136,7 @@ print(fails(lambda: reach({str(secret)!r})), fails(lambda: umount({str(lab.hyper
       sorted(os.listdir("/sys/class/net")), os.listdir("/dev/shm"))
 """
             output = await guest.run(guest.python, "-c", script)
-        # ENOENT, EINVAL (locked mount), ENOENT still, ECONNREFUSED, ESRCH; two processes: PID 1 and the script.
+        # ENOENT, EINVAL (a locked mount), ENOENT still, ECONNREFUSED, ESRCH; PID 1 and the script alone.
         assert output.split() == ["2", "22", "2", "111", "3", "2", "[]", "['eth0',", "'lo']", "[]"]
 
 
