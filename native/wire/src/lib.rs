@@ -5,8 +5,10 @@
 #![forbid(unsafe_code)]
 
 mod bytes;
+pub mod door;
 pub mod error;
 pub mod gpadl;
+pub mod hypercall;
 pub mod nvsp;
 pub mod packet;
 mod record;
