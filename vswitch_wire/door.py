@@ -257,7 +257,7 @@ class Hello:
         low, high, flags, partition_id, vp_count, region_count, privileges = _HELLO.unpack_from(body)
         if low > high or low == 0:
             raise WireError(f"HELLO: version range {low}..{high} is empty")
-        if flags & ~HelloFlags.RESUME:
+        if flags & ~int(HelloFlags.RESUME):
             raise WireError(f"HELLO: unknown flags {flags:#x}")
         if not 1 <= vp_count <= MAX_VPS:
             raise WireError(f"HELLO: {vp_count} virtual processors, 1..{MAX_VPS} allowed")
@@ -293,7 +293,7 @@ class HelloAck:
         _exact(body, _HELLO_ACK.size, "HELLO_ACK")
         version, pad, flags = _HELLO_ACK.unpack(body)
         _zero(pad, "HELLO_ACK")
-        if flags & ~HelloFlags.RESUME:
+        if flags & ~int(HelloFlags.RESUME):
             raise WireError(f"HELLO_ACK: unknown flags {flags:#x}")
         return cls(version, HelloFlags(flags))
 

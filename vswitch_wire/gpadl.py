@@ -95,6 +95,15 @@ class AssembledGpadl:
         return sum(len(entry.pfns) for entry in self.ranges)
 
 
+def _whole(data: bytes, room: int) -> bytes:
+    """What of a message belongs to the GPADL: no more than `room`, in whole page numbers.
+
+    Firmware posts 240 bytes always, and a full header has 236: four bytes of it mean nothing.
+    """
+    data = data[:room]
+    return data[: len(data) & ~7]
+
+
 @dataclass(slots=True)
 class _Partial:
     relid: int
@@ -133,13 +142,11 @@ class GpadlAssembler:
                 relid, gpadl_id, f"{message.range_bytes} bytes cannot hold {message.range_count} ranges"
             )
         partial = _Partial(relid, message.range_bytes, message.range_count, bytearray())
-        partial.data += message.range_data[: message.range_bytes]
+        partial.data += _whole(message.range_data, partial.range_bytes)
         if len(partial.data) >= partial.range_bytes:
             return self._finish(gpadl_id, partial)
         if len(self._partial) >= self._max_in_progress:
             raise GpadlError(relid, gpadl_id, f"more than {self._max_in_progress} GPADLs are unfinished")
-        if len(partial.data) % 8:
-            raise GpadlError(relid, gpadl_id, "the header message ends inside a page number")
         self._partial[gpadl_id] = partial
         return None
 
@@ -151,11 +158,10 @@ class GpadlAssembler:
         partial = self._partial.get(message.gpadl_id)
         if partial is None:
             raise WireError(f"GPADL_BODY: no GPADL {message.gpadl_id:#x} is being made")
-        room = partial.range_bytes - len(partial.data)
-        data = message.range_data[:room]
-        if not data or (len(data) < room and len(data) % 8):
+        data = _whole(message.range_data, partial.range_bytes - len(partial.data))
+        if not data:
             del self._partial[message.gpadl_id]
-            raise GpadlError(partial.relid, message.gpadl_id, "a body message ends inside a page number")
+            raise GpadlError(partial.relid, message.gpadl_id, "a body message without a page number")
         partial.data += data
         if len(partial.data) < partial.range_bytes:
             return None

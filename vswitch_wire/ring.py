@@ -108,7 +108,8 @@ class RingWriter(_Cursor):
     @property
     def free(self) -> int:
         """Bytes free in the data area now; a packet of n bytes needs n + 8 below this. Raises RingError."""
-        return self._size - (self._write - self._load_read()) % self._size
+        self._load_read()
+        return self._known_free()
 
     @property
     def capacity(self) -> int:
@@ -127,7 +128,7 @@ class RingWriter(_Cursor):
         if len(packet) > self.capacity:
             raise WireError(f"ring: a packet of {len(packet)} bytes never fits, at most {self.capacity}")
         needed = len(packet) + TRAILER_SIZE
-        if self.free <= needed:
+        if self._known_free() <= needed and self.free <= needed:
             self._view.store_u32(PENDING_SEND_SIZE, needed)
             self._blocked = True
             full_fence()
@@ -157,6 +158,10 @@ class RingWriter(_Cursor):
             return False
         return self._load_read() == before
 
+    def _known_free(self) -> int:
+        """At least this is free: the peer's index only grows. Looked at anew only when it is too little."""
+        return self._size - (self._write - self._peer_read) % self._size
+
     def _load_read(self) -> int:
         read = _index(self._view.load_u32(READ_INDEX), self._size, "read")
         if (self._published - read) % self._size > (self._published - self._peer_read) % self._size:
@@ -178,7 +183,7 @@ class RingReader(_Cursor):
 
     def pending(self) -> bool:
         """Whether there is something to read. Raises RingError."""
-        return self._load_write() != self._read
+        return self._available() != 0
 
     def read(self, limit: int = 64) -> list[bytes]:
         """Up to `limit` packets (descriptor to padding, no trailer), copied out once.
@@ -186,12 +191,12 @@ class RingReader(_Cursor):
         Their space returns to the writer with `commit`. Raises RingError when indices or lengths lie.
         """
         packets: list[bytes] = []
-        available = (self._load_write() - self._read) % self._size
-        while available and len(packets) < limit:
+        while len(packets) < limit:
+            available = self._available()
+            if not available:
+                break
             packet = self._read_one(available)
-            step = len(packet) + TRAILER_SIZE
-            self._read = (self._read + step) % self._size
-            available -= step
+            self._read = (self._read + len(packet) + TRAILER_SIZE) % self._size
             packets.append(packet)
         return packets
 
@@ -224,7 +229,12 @@ class RingReader(_Cursor):
         """Asks for signals again. True when data arrived meanwhile: mask again and read on."""
         self._view.store_u32(INTERRUPT_MASK, 0)
         full_fence()
-        return self.pending()
+        return self._load_write() != self._read
+
+    def _available(self) -> int:
+        """Bytes known to be there; looks at the shared index only when none are."""
+        known = (self._peer_write - self._read) % self._size
+        return known or (self._load_write() - self._read) % self._size
 
     def _load_write(self) -> int:
         write = _index(self._view.load_u32(WRITE_INDEX), self._size, "write")

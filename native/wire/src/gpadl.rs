@@ -140,6 +140,14 @@ pub enum BodyError {
     Refused(GpadlError),
 }
 
+/// What of a message belongs to the GPADL: no more than `room`, in whole page numbers.
+///
+/// Firmware posts 240 bytes always, and a full header has 236: four bytes of it mean nothing.
+fn whole(data: &[u8], room: usize) -> &[u8] {
+    let length = data.len().min(room) & !7;
+    data.get(..length).unwrap_or_default()
+}
+
 struct Partial {
     relid: u32,
     range_bytes: usize,
@@ -197,7 +205,7 @@ impl GpadlAssembler {
         if !range_bytes.is_multiple_of(8) || range_bytes < 16 * range_count as usize {
             return refuse("its bytes cannot hold its ranges");
         }
-        let data = &data[..data.len().min(range_bytes)];
+        let data = whole(data, range_bytes);
         let mut partial = Partial {
             relid,
             range_bytes,
@@ -210,9 +218,6 @@ impl GpadlAssembler {
         }
         if self.partial.len() >= self.max_in_progress {
             return refuse("too many GPADLs are unfinished");
-        }
-        if !data.len().is_multiple_of(8) {
-            return refuse("the header message ends inside a page number");
         }
         partial.data.reserve_exact(range_bytes);
         partial.data.extend_from_slice(data);
@@ -229,14 +234,13 @@ impl GpadlAssembler {
         let Some(partial) = self.partial.get_mut(&gpadl_id) else {
             return Err(BodyError::Unknown);
         };
-        let room = partial.range_bytes - partial.data.len();
-        let data = &data[..data.len().min(room)];
-        if data.is_empty() || (data.len() < room && !data.len().is_multiple_of(8)) {
+        let data = whole(data, partial.range_bytes - partial.data.len());
+        if data.is_empty() {
             let relid = partial.relid;
             self.partial.remove(&gpadl_id);
             let error = WireError::Bad {
                 what: WHAT,
-                why: "a body message ends inside a page number",
+                why: "a body message without a page number",
             };
             return Err(BodyError::Refused(GpadlError {
                 relid,
