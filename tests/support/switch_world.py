@@ -137,6 +137,14 @@ class World:
             await asyncio.sleep(0.01)
         raise AssertionError(f"no {kind} among {self.events}")
 
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Waits for something that the datapath does by itself."""
+        for _ in range(500):
+            if holds():
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError("it did not come true within 5 s")
+
     async def close(self) -> None:
         await self.switch.close()
         for endpoint in self.endpoints.values():
