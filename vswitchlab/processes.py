@@ -34,7 +34,7 @@ class Holdings:
     doors: set[int] = field(default_factory=set)  # connected
     listening: set[int] = field(default_factory=set)  # where a restarted daemon connects to the door again
     events: int = 0
-    taps: int = 0
+    taps: set[str] = field(default_factory=set)  # names of their interfaces
     inside: int = 0  # sockets that exist only in the guest's own network namespace
     loops: int = 0  # epoll and signal descriptors: the process's own event loop
     pipes: int = 0
@@ -67,7 +67,7 @@ def holdings(pid: int) -> Holdings:
         elif target in ("anon_inode:[eventpoll]", "anon_inode:[signalfd]", "anon_inode:[timerfd]"):
             held.loops += 1
         elif target == "/dev/net/tun":
-            held.taps += 1
+            held.taps.add(_information(path, "iff"))
         elif target.startswith("pipe:["):
             held.pipes += 1
         elif number <= 2 and _harmless_stdio(path, target):
@@ -96,10 +96,16 @@ def _harmless_stdio(path: Path, target: str) -> bool:
         return True
     if not stat.S_ISREG(path.stat().st_mode):
         return False
+    return int(_information(path, "flags"), 8) & os.O_ACCMODE == os.O_WRONLY
+
+
+def _information(path: Path, key: str) -> str:
+    """A value of /proc/<pid>/fdinfo/<number>."""
     for line in path.parent.parent.joinpath("fdinfo", path.name).read_text(encoding="ascii").splitlines():
-        if line.startswith("flags:"):
-            return int(line.split()[1], 8) & os.O_ACCMODE == os.O_WRONLY
-    return False
+        name, _, value = line.partition(":")
+        if name == key:
+            return value.strip()
+    return ""
 
 
 def _shared_maps(pid: int) -> Iterator[tuple[int, str]]:
