@@ -76,7 +76,7 @@ def start_daemon(
         arguments += ["--started-by", started_by]
     ready, tell = os.pipe()
     try:
-        with log_path.open("ab") as log:
+        with open(log_path, "ab", opener=_private) as log:
             begin = log.tell()
             process = subprocess.Popen(
                 daemon_command(run_dir, "--ready-fd", str(tell), *arguments),
@@ -101,6 +101,10 @@ def start_daemon(
     return DaemonProcess(process, run_dir, socket, log_path)
 
 
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+
+
 def _await_ready(
     process: subprocess.Popen[bytes], ready: int, timeout: float, log_path: Path, begin: int
 ) -> None:
@@ -118,5 +122,7 @@ def _await_ready(
     status = process.wait()
     with log_path.open("rb") as log:
         log.seek(begin)
-        words = log.read()[-4000:].decode(errors="replace").strip()
+        lines = log.read()[-8000:].decode(errors="replace").strip().splitlines()
+    # Its log is JSON; what it says to whoever starts it is not.
+    words = "\n".join(line for line in lines if not line.startswith("{")) or "\n".join(lines)
     raise LaunchError(words or f"the daemon ended with status {status} and said nothing; see {log_path}")

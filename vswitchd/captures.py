@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from netvsp import SyntheticNic
 from vswitch.capture.ports import PortCapture
 from vswitch.capture.vmbus import VmbusCapture, VmbusDirection
 from vswitch_api.v1 import capture_pb2
@@ -183,11 +184,14 @@ async def _collect(nics: list[NicRecord], capture: VmbusCapture) -> None:
     """Feeds the ring packets of the NICs' channels into the capture; a NIC that comes back is tapped
     again.
     """
+    tapped: set[SyntheticNic] = set()
     while True:
         for nic in nics:
             if nic.device is None or nic.offer is None:
                 continue
-            nic.device.tap(True)
+            if nic.device not in tapped:
+                nic.device.tap(True)
+                tapped.add(nic.device)
             for timestamp_ns, direction, packet in nic.device.take_tapped():
                 kind: VmbusDirection = "in" if direction == "in" else "out"
                 capture.observe_packet(kind, nic.offer.relid, packet, timestamp_ns)

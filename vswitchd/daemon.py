@@ -136,6 +136,9 @@ class Daemon:
         if self._stop_guests:
             await self._switches.close()
             await self._hypervisor.close()
+        nothing_left = self._stop_guests and await self._store.is_empty()
         await self._store.close()
+        if nothing_left:
+            await asyncio.to_thread(self._config.run_dir.clean)
         for lock in self._locks:
             os.close(lock)

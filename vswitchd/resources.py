@@ -18,6 +18,14 @@ ID = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 # What Linux takes as an interface name, and a little less: IFNAMSIZ is 16 with its NUL.
 NIC_ID = re.compile(r"[a-z][a-z0-9_.-]{0,14}")
 MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+SINGULAR = {
+    "switches": "switch",
+    "ports": "port",
+    "nics": "nic",
+    "partitions": "partition",
+    "extensions": "extension",
+    "captures": "capture",
+}
 PAGE_DEFAULT = 100
 PAGE_MAX = 1000
 MAX_LABELS = 32
@@ -42,7 +50,7 @@ def parse(field: str, name: str, *collections: str) -> tuple[str, ...]:
     parts = name.split("/")
     ids = tuple(parts[1::2])
     if len(parts) != 2 * len(collections) or tuple(parts[0::2]) != collections or not all(ids):
-        shape = "/".join(f"{collection}/{{{collection.rstrip('s')}}}" for collection in collections)
+        shape = "/".join(f"{collection}/{{{SINGULAR[collection]}}}" for collection in collections)
         raise invalid(field, f"{name[:120]!r} is not a name of the form {shape}")
     return ids
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import socket
 import stat
 from dataclasses import dataclass
@@ -41,9 +42,9 @@ class RunDir:
         return self.root / "logs"
 
     @property
-    def extensions(self) -> Path:
-        """Sources of loaded extensions."""
-        return self.root / "extensions"
+    def doors(self) -> Path:
+        """Sockets that guests listen on."""
+        return self.root / "doors"
 
     @property
     def lock(self) -> Path:
@@ -71,12 +72,35 @@ class RunDir:
             )
         if stat.S_IMODE(status.st_mode) != 0o700:
             self.root.chmod(0o700)
-        for path in (self.internal, self.logs, self.extensions):
+        for path in (self.internal, self.logs):
             path.mkdir(mode=0o700, exist_ok=True)
+
+    def clean(self) -> None:
+        """Leaves nothing but logs behind: for the end of a daemon that had nothing to keep."""
+        for path in (self.internal, self.doors):
+            shutil.rmtree(path, ignore_errors=True)
+        for suffix in ("", "-wal", "-shm"):
+            self.store.with_name(self.store.name + suffix).unlink(missing_ok=True)
+        self.lock.unlink(missing_ok=True)
 
 
 def take_lock(path: Path, what: str) -> int:
     """The descriptor that holds the lock until it is closed; StartError when another daemon holds it."""
+    while True:
+        fd = _lock(path, what)
+        # An ending daemon removes its lock file: one that is not there any more locks nothing.
+        try:
+            if os.fstat(fd).st_ino == path.stat().st_ino:
+                break
+        except FileNotFoundError:
+            pass
+        os.close(fd)
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+def _lock(path: Path, what: str) -> int:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,8 +111,6 @@ def take_lock(path: Path, what: str) -> int:
             f"a vswitch daemon (pid {holder}) already serves {what}; stop it with `vswitch daemon stop`, "
             "or start this one with another --run-dir"
         ) from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd
 
 

@@ -70,6 +70,12 @@ class Store:
         """All rows of one kind, by name."""
         return await self._run(lambda: self._load(kind))
 
+    async def is_empty(self) -> bool:
+        """Whether no resource is stored."""
+        return await self._run(
+            lambda: self._opened().execute("SELECT 1 FROM resource LIMIT 1").fetchone() is None
+        )
+
     async def close(self) -> None:
         await self._run(self._close)
         self._thread.shutdown()

@@ -138,11 +138,14 @@ def exec_(
     """Run a command inside, joined to this terminal; ends with the command's status."""
     from vswitchctl import terminal
 
+    command = argv[1:] if argv[0] == "--" else argv
+    if not command:
+        raise typer.BadParameter("name a command after --")
     variables = pairs(env or [], "NAME=VALUE")
 
     async def run() -> int:
         async with session.async_client(show_rpc) as client:
-            return await terminal.run(client, name, argv, variables)
+            return await terminal.run(client, name, command, variables)
 
     raise typer.Exit(asyncio.run(run()))
 

@@ -1,0 +1,139 @@
+"""Who may do what: every method has a role, and roles contain each other."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from vswitch_api.v1 import (
+    capture_pb2,
+    daemon_pb2,
+    extension_pb2,
+    nic_pb2,
+    partition_pb2,
+    port_pb2,
+    switch_pb2,
+    trace_pb2,
+    watch_pb2,
+)
+from vswitchd import front
+from vswitchd.access import METHOD_ROLES, AccessPolicy, Role, needed_role
+
+MODULES = (
+    capture_pb2,
+    daemon_pb2,
+    extension_pb2,
+    nic_pb2,
+    partition_pb2,
+    port_pb2,
+    switch_pb2,
+    trace_pb2,
+    watch_pb2,
+)
+
+
+def api_methods() -> set[str]:
+    return {
+        f"/{service.full_name}/{method.name}"
+        for module in MODULES
+        for service in module.DESCRIPTOR.services_by_name.values()
+        for method in service.methods
+    }
+
+
+def test_every_method_of_the_api_has_a_role_and_nothing_else_has() -> None:
+    assert set(METHOD_ROLES) == api_methods()
+
+
+@pytest.mark.parametrize("method", sorted(api_methods()))
+def test_looking_is_for_viewers_and_making_or_deleting_for_admins(method: str) -> None:
+    name = method.rpartition("/")[2]
+    if name.startswith(("Get", "List", "Watch")):
+        assert needed_role(method) is Role.VIEWER
+    if name.startswith(("Create", "BatchCreate")) or (name.startswith("Delete") and name != "DeleteCapture"):
+        assert needed_role(method) is Role.ADMIN
+
+
+def test_a_method_that_no_table_names_is_for_nobody() -> None:
+    assert needed_role("/vswitch.v1.SwitchService/Nonsense") is None
+
+
+def test_the_owner_and_root_are_admins_and_strangers_are_nobody() -> None:
+    policy = AccessPolicy({1000: Role.VIEWER, 1001: Role.OPERATOR}, owner=500)
+    assert policy.role_of(500) is Role.ADMIN
+    assert policy.role_of(0) is Role.ADMIN
+    assert policy.role_of(1000) is Role.VIEWER
+    assert policy.role_of(1001) is Role.OPERATOR
+    assert policy.role_of(1002) is Role.NONE
+
+
+def test_a_grant_cannot_take_the_owners_role() -> None:
+    assert AccessPolicy({500: Role.VIEWER}, owner=500).role_of(500) is Role.ADMIN
+
+
+def test_peer_credentials_are_the_kernels() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX)
+    with ours, theirs:
+        assert front.peer_credentials(ours) == (os.getpid(), os.geteuid(), os.getegid())
+
+
+async def echo_server(path: Path, word: bytes) -> asyncio.Server:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(word + await reader.readline())
+        await writer.drain()
+        writer.close()
+
+    return await asyncio.start_unix_server(answer, path=str(path))
+
+
+@pytest.mark.parametrize(("role", "word"), [(Role.VIEWER, b"viewer "), (Role.NONE, b"none ")])
+async def test_the_front_joins_a_connection_to_the_server_of_its_peers_role(
+    role: Role, word: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front, "peer_credentials", lambda connection: (1, 4242, 4242))
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        servers = {each: root / each.name for each in Role}
+        running = [
+            await echo_server(path, f"{each.name.lower()} ".encode()) for each, path in servers.items()
+        ]
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(root / "api"))
+        listener.listen()
+        policy = AccessPolicy({4242: role} if role is not Role.NONE else {}, owner=7)
+        gate = front.Front(listener, policy, servers)
+        gate.start()
+        reader, writer = await asyncio.open_unix_connection(str(root / "api"))
+        writer.write(b"hello\n")
+        assert await asyncio.wait_for(reader.read(), 5) == word + b"hello\n"
+        writer.close()
+        await gate.close()
+        for server in running:
+            server.close()
+
+
+async def test_one_user_cannot_take_all_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "peer_credentials", lambda connection: (1, 4242, 4242))
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        servers = {each: root / each.name for each in Role}
+        running = [await echo_server(path, b"") for path in servers.values()]
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(root / "api"))
+        listener.listen(64)
+        gate = front.Front(listener, AccessPolicy({}, owner=7), servers)
+        gate.start()
+        held = [await asyncio.open_unix_connection(str(root / "api")) for _ in range(front.MAX_FOREIGN)]
+        await asyncio.sleep(0.05)
+        reader, writer = await asyncio.open_unix_connection(str(root / "api"))
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+        for _, other in [*held, (reader, writer)]:
+            other.close()
+        await gate.close()
+        for server in running:
+            server.close()
