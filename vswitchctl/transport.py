@@ -20,6 +20,8 @@ CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.enable_http_proxy", 0),
+    # A channel of its own back-off, not that of an earlier one to a daemon that was not there yet.
+    ("grpc.use_local_subchannel_pool", 1),
 )
 
 
