@@ -18,6 +18,7 @@ needs_native = pytest.mark.skipif(not vswitch_native.AVAILABLE, reason=vswitch_n
 ENGINES = [
     pytest.param("python", "python", id="python"),
     pytest.param("python", "native", id="native-guests", marks=needs_native),
+    pytest.param("native", "native", id="native", marks=needs_native),
 ]
 
 
