@@ -12,12 +12,15 @@ from uuid import UUID
 import pytest
 from guests import world
 
+import vswitch_native
 from netvsp.nic import SyntheticNic
 from vswitch_wire.engine import Engine
 
 PROGRAM = Path(__file__).with_name("foreign_guest.py")
 ADDRESS = "10.9.0.99"
 MAC = bytes.fromhex("02155d0000ff")
+needs_native = pytest.mark.skipif(not vswitch_native.AVAILABLE, reason=vswitch_native.WHY)
+engines = pytest.mark.parametrize("engine", ["python", pytest.param("native", marks=needs_native)])
 
 
 def test_the_foreign_guest_is_short_and_imports_nothing_of_ours() -> None:
@@ -34,7 +37,7 @@ def test_the_foreign_guest_is_short_and_imports_nothing_of_ours() -> None:
     assert "exec(" not in text
 
 
-@pytest.mark.parametrize("engine", ["python"])
+@engines
 async def test_a_stranger_has_an_arp_and_a_ping_answered_through_the_switch(
     engine: Engine, tmp_path: Path
 ) -> None:

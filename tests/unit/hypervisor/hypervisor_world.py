@@ -257,7 +257,7 @@ class RawGuest:
         return self
 
     async def post(self, message: vmbus.ChannelMessage | bytes, connection: int = 1) -> int:
-        """HvCallPostMessage with a channel message; the status. Messages delivered meanwhile are in `delivered`."""
+        """HvCallPostMessage with a channel message; the status. What comes meanwhile is in `delivered`."""
         payload = message if isinstance(message, bytes) else message.pack()
         self.memory.write(PAGE, hypercall.PostMessage(connection, 1, payload).pack())
         self.send(wire.Hypercall(0, hypercall.HvCallPostMessage, PAGE), 77)

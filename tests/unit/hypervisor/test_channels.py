@@ -72,7 +72,6 @@ async def test_a_refused_open_is_told_and_can_be_tried_again(world: World) -> No
     assert guest.allocator.available == free
     device.refuse = ""
     await guest.vmbus.open(guest.offers[0], ring_pages=2)
-    assert offer.state is ChannelState.OPEN
     assert device.events == ["open 0", "open 0"]
 
 

@@ -64,7 +64,7 @@ async def test_after_a_lost_door_the_same_host_resumes_with_the_same_memory(worl
 
 
 async def restart(world: World, guest: Guest, directory: Path) -> tuple[World, Guest]:
-    """A second host takes the partition over from what the first one saved; the first one is as good as killed."""
+    """A second host takes the partition over from what the first one, as good as killed, saved."""
     saved = json.loads(json.dumps(guest.partition.save()))
     link = guest.partition._link
     assert link is not None
@@ -129,13 +129,13 @@ async def test_a_guest_asks_to_start_over_when_the_host_forgot_its_offers(
 
 
 async def resume_with(world: World, fds: list[int]) -> tuple[wire.DoorError, str]:
-    """A detached partition whose guest answers the resume with these descriptors; ERROR and what attach() says."""
+    """A partition whose guest answers the resume with these descriptors; ERROR and what attach() says."""
     partition = next(iter(world.host.partitions.values()))
     guest = await RawGuest(partition).attach()
     assert partition._link is not None
     partition._link.close("cut")
     await until(lambda: partition.state is PartitionState.DETACHED)
-    given = [guest.fds[0]] if not fds else fds
+    given = fds or [guest.fds[0]]
     attaching = asyncio.ensure_future(partition.attach(5))
     await guest.accept()
     guest.send_bytes(wire.pack(wire.HelloAck(flags=wire.HelloFlags.RESUME), guest.hello_sequence), given)

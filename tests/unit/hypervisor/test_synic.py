@@ -14,8 +14,10 @@ from vswitch_wire.memory import drain_fd
 MEMORY = 1 << 20
 
 
-async def started(world: World, **options: int) -> RawGuest:
-    partition = await world.host.create_partition("a", memory_bytes=MEMORY, **options)
+async def started(world: World, *, vp_count: int = 1, privileges: int = GUEST) -> RawGuest:
+    partition = await world.host.create_partition(
+        "a", memory_bytes=MEMORY, vp_count=vp_count, privileges=privileges
+    )
     return await RawGuest(partition).attach()
 
 
