@@ -269,8 +269,11 @@ def damaged(draw: st.DrawFn) -> Frame:
     frame = draw(frames())
     data = bytearray(frame.data)
     for _ in range(draw(st.integers(0, 3))):
-        if len(data) > 12:
-            data[draw(st.integers(12, min(len(data), 90) - 1))] = draw(st.integers(0, 255))
+        at = draw(
+            st.one_of(st.sampled_from([12, 13, 14, 16, 17, 18, 20, 21, 23, 46, 47]), st.integers(12, 90))
+        )
+        if at < len(data):
+            data[at] = draw(st.sampled_from([0, 1, 6, 0x0F, 0x11, 0x40, 0x44, 0x45, 0x4F, 0x50, 0x60, 0xFF]))
     return Frame(
         bytes(data[: draw(st.sampled_from([0, 20, 40, 60, 10_000])) or None]), frame.offload, frame.vlan_tci
     )

@@ -73,6 +73,16 @@ async def test_a_learned_address_ages_and_hits_keep_it_young(make_world: Callabl
     assert world.switch.counters().macs_purged == 2
 
 
+async def test_hits_refresh_an_address_once_per_second(world: World) -> None:
+    await world.add("p1", "p2")
+    ages = []
+    for wait in (0, 0.5, 0.5, 0.9, 0.2):
+        await world.switch.datapath.advance(wait)
+        await world.send("p1", ethernet(B, A))
+        ages.append(round(world.switch.mac_table()[0].age_seconds, 3))
+    assert ages == [0, 0.5, 0, 0.9, 0]
+
+
 async def test_the_mac_table_is_bounded(make_world: Callable[..., World]) -> None:
     world = make_world(limits=Limits(mac_entries=4))
     await world.add("p1", "p2")
