@@ -19,9 +19,7 @@ from vswitch.endpoint import Endpoint, Frame
 from vswitch.engine import (
     BATCH,
     MAX_FRAME_BYTES,
-    CapturedFrame,
     DatapathEvent,
-    Direction,
     EventKind,
     ExtensionChannel,
     ExtensionCounters,
@@ -37,10 +35,8 @@ from vswitch.engine.python.flows import FlowCache, FlowEntry
 from vswitch.engine.python.mac import MacTable
 from vswitch.engine.python.parse import ETHERNET_HEADER, Packet, parse
 from vswitch.engine.python.pipeline import (
-    BROADCAST,
     Answer,
     Ask,
-    Destination,
     Drop,
     Program,
     Recorder,
@@ -48,6 +44,7 @@ from vswitch.engine.python.pipeline import (
     Walk,
     walk,
 )
+from vswitch.engine.python.ports import Port, Ports
 from vswitch.engine.python.tap import PythonTap
 from vswitch.engine.python.upcalls import ExtensionLink, Settled
 from vswitch.fields import Field
@@ -77,15 +74,6 @@ _FLOW_FIELDS = tuple(
 _FlowKey = tuple[int, ...]
 
 
-@dataclass(slots=True)
-class _Port:
-    config: PortConfig
-    endpoint: Endpoint | None = None
-    counters: PortCounters = field(default_factory=PortCounters)
-    walks: int = 0
-    """Frames from this port with an upcall in flight."""
-
-
 @dataclass(slots=True, eq=False)
 class _Job:
     """A frame whose walk is suspended, or a trace."""
@@ -106,19 +94,17 @@ class PythonDatapath:
     def __init__(self, *, limits: Limits | None = None, manual_time: bool = False) -> None:
         self._limits = limits or Limits()
         self._manual_ns: int | None = 0 if manual_time else None
-        self._ports: dict[int, _Port] = {}
-        self._counters = SwitchCounters()
+        self._ports = Ports(self._limits, self._wall)
+        self._counters = self._ports.counters
         self._flows = FlowCache(self._limits, self._counters)
         self._macs = MacTable(self._limits, self._counters, self._flows.invalidate)
         self._links: list[ExtensionLink[_Job]] = []
         self._link_by_id: dict[int, ExtensionLink[_Job]] = {}
-        self._taps: list[PythonTap] = []
         self._jobs: dict[_Job, None] = {}
         self._holders: dict[_FlowKey, _Job] = {}
         self._held = 0
         self._generation = 0
         self._packet_id = 0
-        self._touched: dict[int, None] = {}
         self._idle: list[asyncio.Future[None]] = []
         self._event: Callable[[DatapathEvent], None] = lambda event: None
         self._timer: asyncio.TimerHandle | None = None
@@ -127,25 +113,20 @@ class PythonDatapath:
         self._surroundings = self._make_surroundings()
 
     # -- ports and endpoints
-    # ------------------------------------------------------------------------------------
 
     def add_port(self, port_id: int, config: PortConfig) -> None:
-        if not 0 < port_id < 0xFFFF_FFFF:
-            raise ValueError(f"port id {port_id}: 1 to {0xFFFF_FFFE} expected (0 is the switch itself)")
-        if port_id in self._ports:
-            raise ValueError(f"port {port_id} exists already")
-        self._ports[port_id] = _Port(config)
+        self._ports.add(port_id, config)
 
     async def remove_port(self, port_id: int) -> None:
         await self.detach(port_id)
-        del self._ports[port_id]
+        self._ports.remove(port_id)
         self._macs.forget_port(port_id)
         for job in [job for job in self._jobs if job.packet.in_port == port_id]:
             self._abandon(job)
         self._changed()
 
     async def attach(self, port_id: int, endpoint: object) -> None:
-        port = self._port(port_id)
+        port = self._ports.get(port_id)
         if port.endpoint is not None:
             raise ValueError(f"port {port.config.name} has an endpoint already; detach it first")
         if not isinstance(endpoint, Endpoint):
@@ -158,7 +139,7 @@ class PythonDatapath:
         self._arm_timer()
 
     async def detach(self, port_id: int) -> None:
-        port = self._port(port_id)
+        port = self._ports.get(port_id)
         if port.endpoint is None:
             return
         self._flush()
@@ -167,20 +148,20 @@ class PythonDatapath:
         self._changed()
 
     def inject(self, port_id: int, frame: Frame | bytes) -> None:
-        self._port(port_id)
+        self._ports.get(port_id)
         self._receive(port_id, _as_frame(frame))
         self._flush()
 
     def _service(self, port_id: int, endpoint: Endpoint) -> None:
         """Takes one batch from an endpoint; comes back by itself while there is more."""
-        port = self._ports.get(port_id)
+        port = self._ports.find(port_id)
         if port is None or port.endpoint is not endpoint:
             return
         drain_fd(endpoint.wake_fd)
         if self._take_batch(port_id, port, endpoint):
             asyncio.get_running_loop().call_soon(self._service, port_id, endpoint)
 
-    def _take_batch(self, port_id: int, port: _Port, endpoint: Endpoint) -> bool:
+    def _take_batch(self, port_id: int, port: Port, endpoint: Endpoint) -> bool:
         """True = there is, or may be, more."""
         try:
             frames = endpoint.receive(BATCH)
@@ -190,14 +171,14 @@ class PythonDatapath:
             return False
         for reason, count in dropped.items():
             for _ in range(count):
-                self._count_drop(port_id, "in", Drop(reason, "dropped by the NIC"))
+                self._ports.count_drop(port_id, "in", Drop(reason, "dropped by the NIC"))
         for frame in frames:
             self._receive(port_id, frame)
-        self._touched[port_id] = None
+        self._ports.touched[port_id] = None
         self._flush()
         return bool(frames) or (port.endpoint is endpoint and endpoint.rearm())
 
-    def _endpoint_broke(self, port_id: int, port: _Port, endpoint: Endpoint, error: Exception) -> None:
+    def _endpoint_broke(self, port_id: int, port: Port, endpoint: Endpoint, error: Exception) -> None:
         _log.exception("port %s: its endpoint raised; the port is disconnected", port.config.name)
         asyncio.get_running_loop().remove_reader(endpoint.wake_fd)
         port.endpoint = None
@@ -208,12 +189,7 @@ class PythonDatapath:
         while dirty := [link for link in self._links if link.dirty]:
             for link in dirty:
                 self._push(link)
-        while self._touched:
-            touched, self._touched = self._touched, {}
-            for port_id in touched:
-                port = self._ports.get(port_id)
-                if port is not None and port.endpoint is not None:
-                    port.endpoint.flush()
+        self._ports.flush()
         if self._idle and not self._jobs:
             for waiter in self._idle:
                 if not waiter.done():
@@ -221,26 +197,15 @@ class PythonDatapath:
             self._idle.clear()
 
     # -- a frame's way
-    # ------------------------------------------------------------------------------------------
 
     def _receive(self, port_id: int, frame: Frame) -> None:
-        port = self._ports[port_id]
+        port = self._ports.get(port_id)
         self._packet_id += 1
         packet = Packet(frame, port_id, self._packet_id)
-        counters = port.counters
-        counters.rx_packets += 1
-        counters.rx_bytes += packet.length
-        address = int.from_bytes(frame.data[:6], "big")
-        if packet.length < 6 or not frame.data[0] & 1:
-            counters.rx_unicast += 1
-        elif address == BROADCAST:
-            counters.rx_broadcast += 1
-        else:
-            counters.rx_multicast += 1
-        self._sight(packet, port_id, "in")
+        self._ports.arrived(packet, port)
         drop = self._prepare(packet, port.config)
         if drop is not None:
-            self._drop(packet, port_id, "in", drop)
+            self._ports.drop(packet, port_id, "in", drop)
             return
         self._decide(packet)
 
@@ -266,7 +231,7 @@ class PythonDatapath:
         if holder is not None:
             if len(holder.held) >= self._limits.held_per_flow or self._held >= self._limits.held_total:
                 detail = "too many frames wait for an extension's verdict"
-                self._drop(packet, packet.in_port, "in", Drop(DropReason.RESOURCES, detail))
+                self._ports.drop(packet, packet.in_port, "in", Drop(DropReason.RESOURCES, detail))
             else:
                 self._held += 1
                 holder.held.append(_own(packet))
@@ -276,7 +241,7 @@ class PythonDatapath:
             entry = self._flows.lookup(packet, now)
             if entry is not None:
                 self._refresh(entry, now)
-                self._execute(packet, entry.program)
+                self._ports.execute(packet, entry.program)
                 return
         else:
             self._counters.flow_misses += 1
@@ -289,95 +254,7 @@ class PythonDatapath:
             entry.refreshed_ns = now
             self._macs.refresh(entry.program.source, now)
 
-    def _execute(self, packet: Packet, program: Program) -> None:
-        if program.drop is not None:
-            self._drop(packet, packet.in_port, "in", program.drop)
-            return
-        if program.unknown:
-            self._counters.flooded += 1
-        for destination in program.destinations:
-            self._output(packet, destination)
-
-    def _output(self, packet: Packet, destination: Destination) -> None:
-        port_id = destination.port_id
-        drop = self._egress_policy(packet, port_id) or destination.drop
-        if drop is not None:
-            self._drop(packet, port_id, "out", drop)
-            return
-        self._sight(packet, port_id, "out")
-        port = self._ports[port_id]
-        assert port.endpoint is not None, "the egress policy lets nothing through to a disconnected port"
-        self._touched[port_id] = None
-        reason = port.endpoint.transmit(packet.frame)
-        if reason is not None:
-            self._drop(packet, port_id, "out", Drop(reason, "the NIC did not take it"))
-            return
-        counters = port.counters
-        counters.tx_packets += 1
-        counters.tx_bytes += packet.length
-        if not packet.frame.data[0] & 1:
-            counters.tx_unicast += 1
-        elif packet.fields[Field.ETH_DST] == BROADCAST:
-            counters.tx_broadcast += 1
-        else:
-            counters.tx_multicast += 1
-
-    def _egress_policy(self, packet: Packet, port_id: int) -> Drop | None:
-        port = self._ports.get(port_id)
-        if port is None or port.endpoint is None:
-            return Drop(DropReason.DISCONNECTED, "no NIC is connected to the port")
-        if packet.l3_length > port.config.mtu and not packet.frame.offload.mss:
-            detail = f"{packet.l3_length} bytes exceed the destination's MTU of {port.config.mtu}"
-            return Drop(DropReason.MTU_MISMATCH, detail)
-        return None
-
-    def _drop(self, packet: Packet, port_id: int, direction: Direction, drop: Drop) -> None:
-        self._count_drop(port_id, direction, drop)
-        self._sight(packet, port_id, direction, drop)
-
-    def _count_drop(self, port_id: int, direction: Direction, drop: Drop) -> None:
-        total = self._counters.drops
-        total[drop.reason] = total.get(drop.reason, 0) + 1
-        port = self._ports.get(port_id)
-        if port is None:
-            return
-        counters = port.counters
-        by_reason = counters.rx_drops if direction == "in" else counters.tx_drops
-        by_reason[drop.reason] = by_reason.get(drop.reason, 0) + 1
-        by_extension = drop.dropped_by is not None
-        if direction == "in":
-            counters.rx_dropped += 1
-            counters.rx_extension_dropped += by_extension
-        else:
-            counters.tx_dropped += 1
-            counters.tx_extension_dropped += by_extension
-
-    def _sight(self, packet: Packet, port_id: int, direction: Direction, drop: Drop | None = None) -> None:
-        if not self._taps:
-            return
-        stamp = time.time_ns() if self._manual_ns is None else self._manual_ns
-        for tap in self._taps:
-            if not tap.wants(port_id, drop is not None):
-                continue
-            data = bytes(packet.frame.data[: tap.snaplen] if tap.snaplen else packet.frame.data)
-            sighting = CapturedFrame(
-                stamp,
-                port_id,
-                direction,
-                packet.id,
-                data,
-                packet.length,
-                vlan_tci=packet.frame.vlan_tci,
-                offload=packet.frame.offload,
-            )
-            if drop is not None:
-                sighting = replace(
-                    sighting, drop_reason=drop.reason, dropped_by=drop.dropped_by, detail=drop.detail
-                )
-            tap.put(sighting)
-
     # -- walks that wait for extensions
-    # -------------------------------------------------------------------------
 
     def _advance(self, job: _Job, answer: Answer | None) -> None:
         """Takes a walk as far as it goes without waiting."""
@@ -396,10 +273,10 @@ class PythonDatapath:
 
     def _suspend(self, job: _Job) -> bool:
         """Makes a job of a frame that has to wait; False = its port has too many of them."""
-        port = self._ports[job.packet.in_port]
+        port = self._ports.get(job.packet.in_port)
         if port.walks >= self._limits.upcalls_per_port:
             detail = "too many frames of the port wait for extensions"
-            self._drop(job.packet, job.packet.in_port, "in", Drop(DropReason.RESOURCES, detail))
+            self._ports.drop(job.packet, job.packet.in_port, "in", Drop(DropReason.RESOURCES, detail))
             return False
         port.walks += 1
         job.suspended = True
@@ -417,7 +294,7 @@ class PythonDatapath:
             out_port=ask.out_port,
             vlan_tci=packet.frame.vlan_tci,
             frame_length=packet.length,
-            port_name=self._port_name(port_id),
+            port_name=self._ports.name(port_id),
             data=bytes(packet.frame.data[:MAX_FRAME]),
             trace=job.recorder.tracing,
         )
@@ -433,7 +310,7 @@ class PythonDatapath:
         if job.suspended:
             self._release(job)
         self._publish(job, program)
-        self._execute(job.packet, program)
+        self._ports.execute(job.packet, program)
         while job.held:
             self._held -= 1
             self._decide(job.held.popleft())
@@ -441,7 +318,7 @@ class PythonDatapath:
     def _release(self, job: _Job) -> None:
         del self._jobs[job]
         del self._holders[job.flow]
-        port = self._ports.get(job.packet.in_port)
+        port = self._ports.find(job.packet.in_port)
         if port is not None:
             port.walks -= 1
 
@@ -469,7 +346,7 @@ class PythonDatapath:
             return
         self._release(job)
         for packet in (job.packet, *job.held):
-            self._drop(packet, packet.in_port, "in", drop)
+            self._ports.drop(packet, packet.in_port, "in", drop)
         self._held -= len(job.held)
         job.held.clear()
 
@@ -493,7 +370,6 @@ class PythonDatapath:
             link.give_up(lambda job: job in jobs)
 
     # -- extensions
-    # ---------------------------------------------------------------------------------------------
 
     async def set_extensions(self, channels: Iterable[ExtensionChannel]) -> None:
         loop = asyncio.get_running_loop()
@@ -570,10 +446,9 @@ class PythonDatapath:
                 self._advance(one.waiter, one.answer)
 
     # -- trace
-    # --------------------------------------------------------------------------------------------------
 
     async def trace(self, port_id: int, frame: Frame | bytes) -> list[TraceStep]:
-        port = self._port(port_id)
+        port = self._ports.get(port_id)
         packet = Packet(_as_frame(frame), port_id, 0)
         drop = self._prepare(packet, port.config)
         if drop is not None:
@@ -589,7 +464,7 @@ class PythonDatapath:
         return await done
 
     def _trace_head(self, job: _Job) -> None:
-        name = self._port_name(job.packet.in_port)
+        name = self._ports.name(job.packet.in_port)
         job.recorder.step("receive", "continue", f"{job.packet.length} bytes from {name}")
 
     def _finish_trace(self, job: _Job, program: Program) -> None:
@@ -597,29 +472,22 @@ class PythonDatapath:
         del self._jobs[job]
         for destination in program.destinations:
             port_id = destination.port_id
-            if destination.drop is None and self._egress_policy(job.packet, port_id) is None:
-                detail = f"to {self._port_name(port_id)}"
+            if destination.drop is None and self._ports.egress_policy(job.packet, port_id) is None:
+                detail = f"to {self._ports.name(port_id)}"
                 job.recorder.step("deliver", "deliver", detail, port_id=port_id)
         if not job.done.done():
             job.done.set_result(job.recorder.steps)
 
     # -- what is to be seen
-    # -------------------------------------------------------------------------------------
 
     def port_counters(self, port_id: int) -> PortCounters:
-        counters = self._port(port_id).counters
-        return replace(counters, rx_drops=dict(counters.rx_drops), tx_drops=dict(counters.tx_drops))
+        return self._ports.port_counters(port_id)
 
     def drops(self, port_id: int) -> dict[DropReason, int]:
-        counters = self._port(port_id).counters
-        reasons = {**counters.rx_drops, **counters.tx_drops}
-        return {
-            reason: counters.rx_drops.get(reason, 0) + counters.tx_drops.get(reason, 0)
-            for reason in sorted(reasons)
-        }
+        return self._ports.drops(port_id)
 
     def switch_counters(self) -> SwitchCounters:
-        return replace(self._counters, drops=dict(self._counters.drops))
+        return self._ports.switch_counters()
 
     def extension_counters(self) -> dict[int, ExtensionCounters]:
         return {link.channel.id: replace(link.counters) for link in self._links}
@@ -634,23 +502,20 @@ class PythonDatapath:
         self._flows.flush()
 
     def open_tap(self, ports: Iterable[int] | None, snaplen: int, drops: bool) -> PythonTap:
-        tap = PythonTap(ports, snaplen, drops, self._limits.capture_frames, self._taps.remove)
-        self._taps.append(tap)
-        return tap
+        return self._ports.open_tap(ports, snaplen, drops)
 
     def on_event(self, callback: Callable[[DatapathEvent], None]) -> None:
         self._event = callback
 
     # -- time, and the end
-    # --------------------------------------------------------------------------------------
 
     async def barrier(self) -> None:
         busy = True
         while busy:
             busy = False
-            for port_id, port in list(self._ports.items()):
-                endpoint = port.endpoint
-                if endpoint is not None and self._take_batch(port_id, port, endpoint):
+            for port_id in self._ports.connected():
+                port = self._ports.get(port_id)
+                if port.endpoint is not None and self._take_batch(port_id, port, port.endpoint):
                     busy = True
         if self._jobs:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -667,16 +532,18 @@ class PythonDatapath:
         if self._closed:
             return
         self._closed = True
-        for port_id in list(self._ports):
+        for port_id in self._ports.ids():
             await self.remove_port(port_id)
         await self.set_extensions([])
-        for tap in list(self._taps):
-            tap.close()
+        self._ports.close_taps()
         if self._timer is not None:
             self._timer.cancel()
 
     def _now(self) -> int:
         return time.monotonic_ns() if self._manual_ns is None else self._manual_ns
+
+    def _wall(self) -> int:
+        return time.time_ns() if self._manual_ns is None else self._manual_ns
 
     def _run_timers(self) -> None:
         now = self._now()
@@ -714,32 +581,16 @@ class PythonDatapath:
         self._run_timers()
         self._arm_timer()
 
-    # -- small things
-    # -------------------------------------------------------------------------------------------
-
-    def _port(self, port_id: int) -> _Port:
-        port = self._ports.get(port_id)
-        if port is None:
-            raise KeyError(f"the switch has no port {port_id}")
-        return port
-
-    def _port_name(self, port_id: int) -> str:
-        port = self._ports.get(port_id)
-        return str(port_id) if port is None else port.config.name
-
-    def _connected(self) -> list[int]:
-        return sorted(port_id for port_id, port in self._ports.items() if port.endpoint is not None)
-
     def _make_surroundings(self) -> Surroundings:
         channels = [link.channel for link in self._links]
         return Surroundings(
             ingress=[channel for channel in channels if "ingress" in channel.passes],
             egress=[channel for channel in reversed(channels) if "egress" in channel.passes],
-            port_name=self._port_name,
-            connected=self._connected,
+            port_name=self._ports.name,
+            connected=self._ports.connected,
             lookup=self._macs.lookup,
             learn=lambda key, port_id: self._macs.learn(key, port_id, self._now()),
-            egress_policy=self._egress_policy,
+            egress_policy=self._ports.egress_policy,
         )
 
 
