@@ -4,6 +4,7 @@ statuses.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -15,6 +16,12 @@ from vswitchd.access import Role, needed_role
 from vswitchd.errors import ApiError
 
 log = logging.getLogger("vswitchd.api")
+
+# A caller that goes away, or whose deadline passes, does not leave a change half made: the work goes on to
+# its end. These it does stop: they can take long and clean up behind themselves.
+STOPS_WITH_CALLER = ("/StartPartition", "/InjectFrames")
+
+_unfinished: set[asyncio.Future[Any]] = set()
 
 Handler = Any  # grpc.RpcMethodHandler: its type has no usable fields in the stubs.
 
@@ -84,11 +91,26 @@ def _guarded(method: str, handler: Handler) -> Handler:
     return grpc.stream_stream_rpc_method_handler(wrap_stream(handler.stream_stream), **arguments)
 
 
+def _finished(work: asyncio.Future[Any]) -> None:
+    _unfinished.discard(work)
+    if not work.cancelled():
+        work.exception()  # It has been told to the caller, if there still is one.
+
+
 def _unary_guard(method: str) -> Callable[[Any], Any]:
+    stops_with_caller = method.endswith(STOPS_WITH_CALLER)
+
     def wrap(behaviour: Any) -> Any:
         async def guarded(request: Any, context: Any) -> Any:
+            work = asyncio.ensure_future(behaviour(request, context))
+            _unfinished.add(work)
+            work.add_done_callback(_finished)
             try:
-                return await behaviour(request, context)
+                return await asyncio.shield(work)
+            except asyncio.CancelledError:
+                if stops_with_caller:
+                    work.cancel()
+                raise
             except Exception as error:
                 await _abort(method, error, context)
 

@@ -19,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DOOR_VARIABLE = "VSWITCH_DOOR_FD"
 LOG_TAIL_BYTES = 2000
+LOG_KEEP_BYTES = 1 << 20
+"""What a guest has said in earlier runs is kept up to this size."""
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -173,6 +175,8 @@ def log_tail(path: Path) -> str:
 
 
 def _spawn(spec: GuestSpec, door_fd: int) -> subprocess.Popen[bytes]:
+    if spec.log_path.is_file() and spec.log_path.stat().st_size > LOG_KEEP_BYTES:
+        os.truncate(spec.log_path, 0)
     log = os.open(spec.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         return subprocess.Popen(

@@ -41,6 +41,7 @@ class NicRecord:
     port: PortRecord
     device: SyntheticNic | None = None
     offer: Offer | None = None
+    told: nic_pb2.NicState.ValueType = nic_pb2.NIC_STATE_UNSPECIFIED
 
     @property
     def name(self) -> str:
@@ -60,6 +61,11 @@ class NicRecord:
         else:
             message.state = nic_pb2.NIC_STATE_OFFERED
         return message
+
+    def has_changed(self) -> bool:
+        """Whether its state is another than when this was last asked: guests open and close by themselves."""
+        before, self.told = self.told, self.describe().state
+        return before != self.told
 
 
 class NicWorkshop:

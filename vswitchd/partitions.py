@@ -447,6 +447,9 @@ class PartitionManager:
         self._unsaved.discard(record.name)
         if record.id in self.records:
             await self._save(record)
+            for nic in record.nics.values():
+                if nic.has_changed():
+                    self._core.hub.modified(nic.describe())
 
     async def _save(self, record: PartitionRecord) -> None:
         private: dict[str, object] = {}
@@ -477,6 +480,12 @@ class PartitionManager:
         await asyncio.gather(
             *(self._find_again(self.records[row.name.rpartition("/")[2]], row.private) for row in rows)
         )
+
+        doors = {partition.door_path for partition in self._hypervisor.partitions.values()}
+        for path in await asyncio.to_thread(lambda: list(self._core.config.run_dir.doors.glob("*.sock"))):
+            if path not in doors:
+                # Its guest is gone, or was never stored and ends by itself when nobody connects.
+                path.unlink(missing_ok=True)
 
     async def _find_again(self, record: PartitionRecord, private: dict[str, Any]) -> None:
         if not private:

@@ -253,6 +253,40 @@ def test_stopping_the_guests_too_leaves_no_process(pair: RunningDaemon) -> None:
     }
 
 
+def test_a_caller_whose_deadline_passes_leaves_no_half_started_guest(daemon: RunningDaemon) -> None:
+    client = daemon.client
+    client.create_partition("a")
+    start = client.channel.unary_unary(
+        "/vswitch.v1.PartitionService/StartPartition",
+        request_serializer=partition_pb2.StartPartitionRequest.SerializeToString,
+        response_deserializer=partition_pb2.StartPartitionResponse.FromString,
+    )
+    with pytest.raises(grpc.RpcError) as error:
+        start(partition_pb2.StartPartitionRequest(name="partitions/a"), timeout=0.1)
+    assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
+    eventually(lambda: client.get_partition("a").state == FAILED)
+    assert client.get_partition("a").pid == 0
+    assert client.start_partition("a").state == RUNNING
+
+
+def test_a_watcher_sees_a_guest_come_up(daemon: RunningDaemon) -> None:
+    client = daemon.client
+    client.create_switch("s0")
+    client.create_partition("a")
+    client.create_nic("a/eth0", port="s0/a")
+    stream = client.watch(["partitions/a"], snapshot=False)
+    assert next(stream).HasField("synced")
+    client.start_partition("a")
+    states = []
+    for response in stream:
+        if response.change.HasField("nic"):
+            states.append(response.change.nic.state)
+            if states[-1] == nic_pb2.NIC_STATE_OPEN:
+                break
+    assert nic_pb2.NIC_STATE_OFFERED in states
+    stream.close()  # type: ignore[attr-defined]
+
+
 def test_a_guest_that_cannot_start_says_why(daemon: RunningDaemon) -> None:
     client = daemon.client
     client.create_partition("a", guest_link="tap", memory_bytes=4 << 20)
