@@ -70,7 +70,7 @@ lint-rust:
 # The loom runs try every interleaving of the epoch and ring protocols' atomic steps.
 test-rust:
 	cd native && $(CARGO) test --workspace --exclude vswitch-native
-	cd native && RUSTFLAGS='--cfg loom' $(CARGO) test --release -p vswitch-epoch -p vswitch-ring --lib --target-dir target/loom
+	cd native && RUSTFLAGS='--cfg loom' $(CARGO) test --release -p vswitch-epoch -p vswitch-ring --test loom --target-dir target/loom
 
 proto: $(VENV)/.installed-dev     ## vswitch_api/ anew from proto/
 	$(BIN)/python proto/generate.py
