@@ -237,6 +237,7 @@ class Partition:
             )
         except BaseException as error:
             link.close(f"no attachment: {error}", door.ErrorCode.STATE)
+            await self._detached.wait()
             raise
 
     # --- what comes through the door ---

@@ -26,33 +26,24 @@ from hypervisor.synic import Synic
 from hypervisor.vmbus.channel import CONNECTION_ID_BASE, Channel, ChannelState
 from hypervisor.vmbus.device import ChannelRefused, OpenedChannel, VmbusDevice
 from hypervisor.vmbus.gpadls import GpadlTable
+from hypervisor.vmbus.negotiation import (
+    MESSAGE_CONNECTION_ID,
+    NEWEST_VERSION,
+    OLDEST_VERSION,
+    Connection,
+    negotiate,
+)
 from vswitch_wire import vmbus
 from vswitch_wire.errors import WireError
 from vswitch_wire.hypercall import HvStatus
 from vswitch_wire.memory import signal_fd
-from vswitch_wire.synic import HV_SYNIC_SINT_COUNT, HVMSG_VMBUS, Message
+from vswitch_wire.synic import HVMSG_VMBUS, Message
 from vswitch_wire.vmbus import VmbusVersion
 
 _log = logging.getLogger("hypervisor.vmbus")
 
-MESSAGE_CONNECTION_ID = 0x41
-"""Where messages go from version 5.0 on; VERSION_RESPONSE tells it."""
-SUPPORTED_FEATURES = vmbus.FEATURE_CLIENT_ID
-OLDEST_VERSION = VmbusVersion.WIN8
-NEWEST_VERSION = VmbusVersion.COPPER
-
 Tap = Callable[[str, bytes, int], None]
 """(direction "in" from the guest | "out" to it, the message, nanoseconds since 1970)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Connection:
-    """What INITIATE_CONTACT agreed on."""
-
-    version: VmbusVersion
-    vp: int
-    sint: int
-    features: int
 
 
 @dataclass(eq=False, frozen=True, slots=True)
@@ -286,45 +277,11 @@ class VmbusServer:
         self._pump()
 
     def _contact(self, message: vmbus.InitiateContact) -> None:
-        self._vp, self._sint = 0, vmbus.VMBUS_MESSAGE_SINT
-        processors = len(self._synic.processors)
-        try:
-            version = VmbusVersion(message.version)
-            known = self._oldest <= version <= self._newest
-        except ValueError:
-            known = False
-        if not known:
-            if message.version >= VmbusVersion.WIN8_1 and message.target_vp < processors:
-                self._vp = message.target_vp
-            self._send(vmbus.VersionResponse(version_supported=False))
-            return
-        valid = bool(message.parent_to_child_monitor_gpa) == bool(message.child_to_parent_monitor_gpa)
-        if version >= VmbusVersion.WIN8_1:
-            valid = valid and message.target_vp < processors
-            self._vp = message.target_vp if message.target_vp < processors else 0
-        if version >= VmbusVersion.WIN10_RS3_1:
-            sint_known = 0 < message.sint < HV_SYNIC_SINT_COUNT
-            valid = valid and sint_known
-            self._sint = message.sint if sint_known else vmbus.VMBUS_MESSAGE_SINT
-        if version >= VmbusVersion.WIN10_RS4:
-            valid = valid and message.vtl == 0
-        features = 0
-        if version >= VmbusVersion.COPPER:
-            features = message.feature_flags & SUPPORTED_FEATURES
-        selected = MESSAGE_CONNECTION_ID if version >= VmbusVersion.WIN10_RS3_1 else int(version)
-        if valid:
-            self.connection = Connection(version, self._vp, self._sint, features)
-            self._changed()
-        self._send(
-            vmbus.VersionResponse(
-                version_supported=True,
-                connection_state=(
-                    vmbus.CONNECTION_STATE_SUCCESSFUL if valid else vmbus.CONNECTION_STATE_FAILED_UNKNOWN
-                ),
-                selected_version_or_connection_id=selected,
-                feature_flags=features if version >= VmbusVersion.COPPER else None,
-            )
-        )
+        answer = negotiate(message, len(self._synic.processors), self._oldest, self._newest)
+        self._vp, self._sint = answer.vp, answer.sint
+        self.connection = answer.connection
+        self._changed()
+        self._send(answer.response)
 
     def _unloaded(self) -> None:
         self._send(vmbus.UnloadResponse())

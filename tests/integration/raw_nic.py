@@ -1,4 +1,4 @@
-"""A guest in the test's own process that drives one NIC by hand: the test spells every byte, wrong ones too."""
+"""A guest in the test's own process that drives one NIC by hand: the test spells every byte, bad ones too."""
 
 from __future__ import annotations
 

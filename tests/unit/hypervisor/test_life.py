@@ -70,7 +70,7 @@ async def restart(world: World, guest: Guest, directory: Path) -> tuple[World, G
     assert link is not None
     link.close("the daemon died")
     await until(lambda: not guest.door.connected)
-    second = World(directory)
+    second = World(directory, engine=world.host.engine)
     partition = second.host.restore(saved)
     guest.partition = partition
     return second, guest
@@ -118,7 +118,7 @@ async def test_a_guest_asks_to_start_over_when_the_host_forgot_its_offers(
     assert link is not None
     link.close("the daemon died")
     await until(lambda: not guest.door.connected)
-    second = World(world.host.run_dir)
+    second = World(world.host.run_dir, engine=world.host.engine)
     guest.partition = second.host.restore(saved)
     await guest.partition.vmbus.offer(EchoDevice(device.instance_id))
     guest.offers.clear()
