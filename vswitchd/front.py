@@ -125,17 +125,23 @@ class _Half(asyncio.Protocol):
     def __init__(self, ended: asyncio.Future[None]) -> None:
         self._ended = ended
         self._transport: asyncio.Transport | None = None
+        self._early = bytearray()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         if self.other._transport is None:
             self._transport.pause_reading()
         else:
+            self._transport.write(self.other._early)
+            self.other._early.clear()
             self.other._transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
         if self.other._transport is not None:
             self.other._transport.write(data)
+        else:
+            # Up to CPython 3.11.5 a transport that is paused in connection_made() reads nevertheless.
+            self._early += data
 
     def pause_writing(self) -> None:
         if self.other._transport is not None:

@@ -95,6 +95,8 @@ def _native(facts: Facts) -> Finding:
 
 
 def _memory(facts: Facts) -> Finding:
+    if facts.trial_error:
+        return Finding("guest_memory", Level.WARNING, "could not be tried", "see user_namespaces")
     outcome = facts.trial.get("memfd_seals", "not tried")
     if outcome != "ok":
         return Finding(
@@ -176,7 +178,7 @@ def _tap(facts: Facts) -> Finding:
         else:
             cause = "there is no /dev/net/tun"
             remedy = "sudo modprobe tun"
-    elif outcome in ("EACCES", "EPERM") and facts.container:
+    elif outcome == "EPERM" and facts.container:
         cause = f"this container may not open /dev/net/tun ({outcome})"
         remedy = "start it with `--device /dev/net/tun`"
     elif outcome == "EACCES":
@@ -189,9 +191,7 @@ def _tap(facts: Facts) -> Finding:
         cause = f"making a TAP is refused ({outcome})"
         remedy = "ask what forbids `unshare -Urn ip tuntap add tap0 mode tap` on this machine"
     if facts.trial.get("veth") == facts.trial.get("packet_socket") == "ok":
-        cost = (
-            "guests use a veth pair instead: without checksum and segmentation offload, several times slower"
-        )
+        cost = "guests use a veth pair instead: without checksum and segmentation offload"
         return Finding(check, Level.WARNING, f"{cause}; {cost}", remedy)
     veth = facts.trial.get("veth", "not tried")
     return Finding(check, Level.ERROR, f"{cause}, and a veth pair cannot be made either ({veth})", remedy)
