@@ -45,6 +45,8 @@ _ID_SECTION, _ID_BOUNCE, _ID_CONTROL = 1 << 32, 2 << 32, 3 << 32
 _CONTROL_SECTION = 0
 _BOUNCE_PAGES = 17  # a 64 KiB frame with its RNDIS header
 _TURN = 256  # packets or frames per turn of the event loop
+_CONTROL_LIMIT = 1024  # control messages the driver has not taken; a host that sends more loses the channel
+_BACKLOG_LIMIT = 4096  # packets that wait for upstream space before the downstream ring is read no more
 
 _SEND_RNDIS = struct.Struct("<4I")
 _RNDIS_COMPLETE = struct.Struct("<2I")
@@ -103,6 +105,7 @@ class DataPath:
         self._control: deque[ControlPacket] = deque()
         self._backlog: deque[bytes] = deque()
         self._closed = False
+        self._dead = False
         self._again: asyncio.Handle | None = None
         self._running = False
         self._reading_link = False
@@ -170,8 +173,12 @@ class DataPath:
         self._watch_link()
 
     def stats(self) -> dict[str, int]:
-        """Counters since the channel was opened."""
-        return dict(self._counters)
+        """Counters since the channel was opened; "in_flight": sends that the host has not completed."""
+        waiting = len(self._rndis) + self._rndis_busy
+        return {
+            **self._counters,
+            "in_flight": len(self._busy_sections) + len(self._busy_bounces) + waiting,
+        }
 
     def close(self) -> None:
         """Let go of the rings and buffers: nothing touches guest memory afterwards."""
@@ -223,6 +230,8 @@ class DataPath:
         self._put(packet.encode_inband(body, _ID_CONTROL, True))
 
     def _tell(self, item: ControlPacket) -> None:
+        if len(self._control) >= _CONTROL_LIMIT and item.kind != "fault":
+            raise WireError("control messages: the host sends more than the driver takes")
         self._control.append(item)
         signal_fd(self.control_fd)
 
@@ -230,10 +239,8 @@ class DataPath:
         """The host broke the ring's rules: nothing on this channel can be believed any more."""
         self._running = False
         self._watch_link()
-        self._reader_dead = True
+        self._dead = True
         self._tell(ControlPacket("fault", 0, False, str(error).encode()))
-
-    _reader_dead = False
 
     # The upstream ring.
 
@@ -335,12 +342,15 @@ class DataPath:
 
     def on_interrupt(self) -> None:
         """The VP was interrupted: read what the host wrote, send what waited for space."""
-        if self._closed or self._reader_dead:
+        if self._closed or self._dead:
             return
         try:
             self._reader.mask()
             budget = _TURN
             while budget > 0:
+                if len(self._backlog) >= _BACKLOG_LIMIT:
+                    self._reader.unmask()  # the host signals when it made room for what waits
+                    break
                 packets = self._reader.read(min(64, budget))
                 for data in packets:
                     self._on_packet(data)

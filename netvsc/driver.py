@@ -405,7 +405,8 @@ class NetVsc:
                 async with asyncio.timeout(DRAIN_TIMEOUT):
                     await self.set_filter(False)
                     self._data.send_rndis(rndis.Halt(next(self._request)).pack())
-                    await asyncio.sleep(0)
+                    while self._data.stats()["in_flight"]:  # noqa: ASYNC110 - the worker has no event for it
+                        await asyncio.sleep(0.001)
                 self._tell(nvsp.RevokeReceiveBuffer(nvsp.NETVSC_RECEIVE_BUFFER_ID))
                 self._tell(nvsp.RevokeSendBuffer(nvsp.NETVSC_SEND_BUFFER_ID))
         self._lose("the NIC was stopped")

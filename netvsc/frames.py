@@ -233,6 +233,8 @@ def _transport(frame: bytes) -> tuple[int, int, bool] | None:
     kind = int.from_bytes(frame[12:14], "big")
     if kind == ETH_P_IP and len(frame) >= ETH_HEADER + 20:
         start = ETH_HEADER + (frame[ETH_HEADER] & 0xF) * 4
+        if start < ETH_HEADER + 20:
+            return None
         fragment = int.from_bytes(frame[ETH_HEADER + 6 : ETH_HEADER + 8], "big") & 0x3FFF
         protocol, ipv6 = frame[ETH_HEADER + 9], False
         if fragment:

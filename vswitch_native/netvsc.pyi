@@ -4,6 +4,12 @@ from collections.abc import Sequence
 
 from vswitch_native.memory import GuestMemory
 
+def transmit(data: bytes, checksum: bool) -> bytes:
+    """The RNDIS PACKET message for a frame behind its virtio-net header. WireError."""
+
+def receive(message: bytes, mtu: int) -> bytes:
+    """What the interface is given for one PACKET message that is no fragment. WireError."""
+
 class Worker:
     """The thread of one virtual processor: owns its interrupt eventfd and event flags, runs its data paths."""
 

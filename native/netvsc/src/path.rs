@@ -85,6 +85,10 @@ pub struct Shared {
     control: Mutex<VecDeque<Control>>,
     control_fd: OwnedFd,
     counters: [AtomicU64; COUNTERS.len()],
+    /// Sections and bounce buffers that the host has not completed.
+    sending: AtomicU64,
+    /// RNDIS control messages handed over and not completed.
+    requests: AtomicU64,
 }
 
 impl Shared {
@@ -93,6 +97,8 @@ impl Shared {
             control: Mutex::new(VecDeque::new()),
             control_fd,
             counters: Default::default(),
+            sending: AtomicU64::new(0),
+            requests: AtomicU64::new(0),
         }
     }
 
@@ -117,6 +123,16 @@ impl Shared {
         drop(queue);
         eventfd::signal(self.control_fd());
         room
+    }
+
+    /// A control message is on its way to the worker.
+    pub fn expect_rndis(&self) {
+        self.requests.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Sends of any kind that the host has not completed.
+    pub fn in_flight(&self) -> u64 {
+        self.sending.load(Ordering::Acquire) + self.requests.load(Ordering::Acquire)
     }
 
     pub fn counters(&self) -> [u64; COUNTERS.len()] {
@@ -344,6 +360,9 @@ impl Path {
         for (shared, value) in self.shared.counters.iter().zip(self.counts) {
             shared.store(value, Ordering::Relaxed);
         }
+        let busy = |flags: &[bool]| flags.iter().filter(|busy| **busy).count() as u64;
+        let sending = busy(&self.busy_sections) + busy(&self.busy_bounces);
+        self.shared.sending.store(sending, Ordering::Release);
     }
 
     // The upstream ring.
@@ -632,7 +651,11 @@ impl Path {
             0 => return self.tell(Kind::Completion, id, false, packet.payload),
             ID_SECTION => take(&mut self.busy_sections, index, &mut self.free_sections),
             ID_BOUNCE => take(&mut self.busy_bounces, index, &mut self.free_bounces),
-            ID_CONTROL if index == 0 => std::mem::take(&mut self.rndis_busy),
+            ID_CONTROL if index == 0 && self.rndis_busy => {
+                self.rndis_busy = false;
+                self.shared.requests.fetch_sub(1, Ordering::AcqRel);
+                true
+            }
             _ => false,
         };
         if !freed {

@@ -9,6 +9,7 @@ use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use vswitch_memory::{BufferView, GuestMemory, MemoryError};
+use vswitch_netvsc::frames;
 use vswitch_netvsc::link::Link;
 use vswitch_netvsc::path::{Control, Kind, Path, Shared, BOUNCE_PAGES, COUNTERS};
 use vswitch_netvsc::worker::{owned_eventfd, Worker};
@@ -25,11 +26,33 @@ pub fn register(parent: &Bound<'_, PyModule>) -> PyResult<()> {
     let module = PyModule::new(parent.py(), "netvsc")?;
     module.add_class::<PyWorker>()?;
     module.add_class::<PyDataPath>()?;
+    module.add_function(wrap_pyfunction!(transmit, &module)?)?;
+    module.add_function(wrap_pyfunction!(receive, &module)?)?;
     parent.add_submodule(&module)
 }
 
 fn wire(error: impl std::fmt::Display) -> PyErr {
     WireError::new_err(error.to_string())
+}
+
+/// The RNDIS PACKET message for a frame behind its virtio-net header.
+#[pyfunction]
+fn transmit<'py>(py: Python<'py>, data: &[u8], checksum: bool) -> PyResult<Bound<'py, PyBytes>> {
+    let mut buffer = vec![0; frames::HEADROOM];
+    buffer.extend_from_slice(data);
+    let start = frames::transmit(&mut buffer, data.len(), None, checksum).map_err(wire)?;
+    Ok(PyBytes::new(py, buffer.get(start..).unwrap_or_default()))
+}
+
+/// What the interface is given for one PACKET message that is no fragment: virtio-net header and frame.
+#[pyfunction]
+fn receive<'py>(py: Python<'py>, message: &[u8], mtu: usize) -> PyResult<Bound<'py, PyBytes>> {
+    let received = frames::receive(message).map_err(wire)?;
+    let frame = received.start..received.start + received.length;
+    let mut out = vec![0; frames::VNET_SIZE];
+    out.extend_from_slice(message.get(frame).unwrap_or_default());
+    frames::finish(&mut out, received.checksum, received.vlan, mtu);
+    Ok(PyBytes::new(py, &out))
 }
 
 fn duplicate(fd: RawFd) -> PyResult<OwnedFd> {
@@ -176,6 +199,7 @@ impl PyDataPath {
     }
 
     fn send_rndis(&self, message: Vec<u8>) {
+        self.shared.expect_rndis();
         self.act(move |path| path.send_rndis(message));
     }
 
@@ -226,7 +250,10 @@ impl PyDataPath {
     }
 
     fn stats(&self) -> HashMap<&'static str, u64> {
-        COUNTERS.into_iter().zip(self.shared.counters()).collect()
+        let mut counters: HashMap<&'static str, u64> =
+            COUNTERS.into_iter().zip(self.shared.counters()).collect();
+        counters.insert("in_flight", self.shared.in_flight());
+        counters
     }
 
     /// Returns when the worker has let go of rings and buffers.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -12,8 +13,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from scripted_host import FakeLink, Host
 
-from netvsc.datapath import DataPath
+import vswitch_native
+from netvsc.datapath import DataPath, DataPathProtocol
 from netvsc.driver import NetVsc
+
+NEEDS_NATIVE = pytest.mark.skipif(not vswitch_native.AVAILABLE, reason=vswitch_native.WHY)
 
 
 @pytest.fixture
@@ -31,33 +35,43 @@ def link() -> Iterator[FakeLink]:
 
 
 class Nic:
-    """A driver on the scripted host with the plain Python data path."""
+    """A driver on the scripted host, with the data path of one engine."""
 
-    def __init__(self, host: Host, link: FakeLink) -> None:
+    def __init__(self, host: Host, link: FakeLink, engine: str) -> None:
         self.carriers: list[bool] = []
         self.faults: list[str] = []
         self.host, self.link = host, link
-
-        def open_datapath(channel: object) -> DataPath:
-            assert host.channel is channel
-            assert host.channel is not None
-            path = DataPath(host.memory, host.channel.ring_pfns, 16, host.signalled, link)  # type: ignore[arg-type]
-            host.channel.on_interrupt = path.on_interrupt
-            self.path = path
-            return path
-
+        self.worker: Any = None
+        self.path: DataPathProtocol
         self.driver = NetVsc(
             host,
             host.allocator,
             host.offer,
-            open_datapath,
+            self._native if engine == "native" else self._python,
             on_carrier=self.carriers.append,
             on_fault=self.faults.append,
         )
 
+    def _python(self, channel: Any) -> DataPathProtocol:
+        path = DataPath(self.host.memory, channel.ring_pfns, 16, self.host.signalled, cast(Any, self.link))
+        channel.on_interrupt = path.on_interrupt
+        self.path = path
+        return path
 
-@pytest.fixture
-async def nic(host: Host, link: FakeLink) -> AsyncIterator[Nic]:
-    nic = Nic(host, link)
+    def _native(self, channel: Any) -> DataPathProtocol:
+        from netvsc.native import NativeDataPath
+        from vswitch_native import memory, netvsc
+
+        self.worker = netvsc.Worker(memory.GuestMemory([self.host.region]), self.host.interrupt_fd, 4096, 2)
+        inner = self.worker.open(5, channel.ring_pfns, 16, self.host.signalled, self.link.fd, False)
+        self.path = NativeDataPath(inner)
+        return self.path
+
+
+@pytest.fixture(params=["python", pytest.param("native", marks=NEEDS_NATIVE)])
+async def nic(host: Host, link: FakeLink, request: pytest.FixtureRequest) -> AsyncIterator[Nic]:
+    nic = Nic(host, link, request.param)
     yield nic
     nic.driver.abandon("the test is over")
+    if nic.worker is not None:
+        nic.worker.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
+import socket
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -58,34 +60,64 @@ class Allocator:
 
 
 class FakeLink:
-    """An interface made of two queues and an eventfd."""
+    """An interface made of a packet socket pair: one end for the data path, the other plays the kernel."""
 
     kind = "fake"
     name = "fake0"
     is_packet_socket = False
 
     def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
+        kernel, path = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        kernel.setblocking(False)
+        path.setblocking(False)
+        self._kernel, self._path = kernel, path
+        self.fd = path.fileno()
         self.outgoing: deque[bytes] = deque()
-        self.received: list[bytes] = []
+        self._received: list[bytes] = []
 
     def send(self, frame: bytes, header: bytes = bytes(10)) -> None:
-        """The guest's kernel transmits."""
+        """The guest's kernel transmits; what its queue does not take waits in `outgoing`."""
         self.outgoing.append(header + frame)
-        os.eventfd_write(self.fd, 1)
+        self._flush()
+
+    def _flush(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self.outgoing:
+            try:
+                self._kernel.send(self.outgoing[0])
+            except BlockingIOError:
+                loop.add_writer(self._kernel, self._flush)
+                return
+            self.outgoing.popleft()
+        loop.remove_writer(self._kernel)
+
+    @property
+    def received(self) -> list[bytes]:
+        """All that the guest's kernel was given."""
+        while True:
+            try:
+                self._received.append(self._kernel.recv(1 << 17))
+            except BlockingIOError:
+                return self._received
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the data path left something in the kernel's queue."""
+        return bool(select.select([self._path], [], [], 0)[0])
 
     def read(self) -> bytes | None:
-        if not self.outgoing:
+        try:
+            return self._path.recv(1 << 17)
+        except BlockingIOError:
             return None
-        os.eventfd_read(self.fd)
-        return self.outgoing.popleft()
 
     def write(self, data: bytes) -> bool:
-        self.received.append(data)
+        self._path.send(data)
         return True
 
     def close(self) -> None:
-        os.close(self.fd)
+        self._kernel.close()
+        self._path.close()
 
 
 @dataclass
@@ -105,8 +137,9 @@ class Host:
 
     def __init__(self, pages: int = 4096) -> None:
         fd = create_region("guest", (16 + pages) * PAGE)
-        self.memory = GuestMemory([Region(0, (16 + pages) * PAGE, fd)])
-        os.close(fd)
+        self.region = Region(0, (16 + pages) * PAGE, fd)
+        self.memory = GuestMemory([self.region])
+        self.interrupt_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.allocator = Allocator(pages)
         self.offer = Offer()
         self.log: list[str] = []
@@ -173,6 +206,7 @@ class Host:
     def interrupt(self) -> None:
         """Publish, then interrupt always: spurious interrupts are legal."""
         self.writer.commit()
+        os.eventfd_write(self.interrupt_fd, 1)
         if self.channel is not None:
             asyncio.get_running_loop().call_soon(self.channel.on_interrupt)
 
@@ -272,4 +306,5 @@ class Host:
     def tear(self) -> None:
         """End of the test."""
         self.memory.close()
-        os.close(self.signalled)
+        for fd in (self.region.fd, self.interrupt_fd, self.signalled):
+            os.close(fd)

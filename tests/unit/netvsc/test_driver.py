@@ -127,6 +127,7 @@ async def test_the_filter_is_set_when_the_interface_opens_and_cleared_before_it_
         ["HALT", "RevokeReceiveBuffer", "RevokeSendBuffer", "close", "teardown 0xe1e10", "teardown 0xe1e11"]
     )
     assert host.log.index("RevokeReceiveBuffer") < host.log.index("RevokeSendBuffer")
+    assert host.log.index("HALT") < host.log.index("close")
 
 
 async def test_every_page_comes_back_when_the_nic_is_stopped(host: Host, nic: Nic) -> None:
@@ -155,6 +156,6 @@ async def test_a_host_that_breaks_the_ring_costs_the_channel_and_is_told(host: H
     assert host.channel is not None
     downstream = host.memory.view(host.channel.ring_pfns[16:], 0, 16 * 4096)
     downstream.store_u32(0, 0xFFFFFFF8)
-    host.channel.on_interrupt()
+    host.interrupt()
     await until(lambda: bool(nic.faults))
     assert "index" in nic.faults[0]
