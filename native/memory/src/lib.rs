@@ -232,6 +232,20 @@ impl GuestMemory {
         self.find(gpa, length).map(|_| ())
     }
 
+    /// The address of `length` bytes at `gpa`, for those who move bytes themselves. Valid while this memory lives.
+    pub fn iovec(&self, gpa: u64, length: usize) -> Result<libc::iovec, MemoryError> {
+        let outside = MemoryError::Outside {
+            gpa,
+            length: length as u64,
+        };
+        let (mapping, offset) = self.find(gpa, length as u64)?;
+        let address = mapping.address(offset, length).ok_or(outside)?;
+        Ok(libc::iovec {
+            iov_base: address.cast(),
+            iov_len: length,
+        })
+    }
+
     /// Copies out of guest memory.
     pub fn read(&self, gpa: u64, into: &mut [u8]) -> Result<(), MemoryError> {
         let outside = MemoryError::Outside {

@@ -178,18 +178,19 @@ impl Transport {
         put16(frame, at, value);
     }
 
-    /// Makes the headers of a TCP super-frame true for the whole of it: lengths, IPv4 checksum, pseudo-header sum.
-    pub fn make_whole(&self, frame: &mut [u8]) {
+    /// Makes the headers of a TCP super-frame of `length` bytes true for the whole of it: lengths, IPv4 checksum,
+    /// pseudo-header sum. `head` holds at least the headers.
+    pub fn make_whole(&self, head: &mut [u8], length: usize) {
         let ip = self.ip_offset;
         if self.ipv6 {
-            let length = frame.len().saturating_sub(ip + 40).min(0xFFFF) as u16;
-            put16(frame, ip + 4, length);
+            let payload = length.saturating_sub(ip + 40).min(0xFFFF) as u16;
+            put16(head, ip + 4, payload);
         } else {
-            put16(frame, ip + 2, (frame.len() - ip).min(0xFFFF) as u16);
-            self.fill_ipv4_header_checksum(frame);
+            put16(head, ip + 2, (length - ip).min(0xFFFF) as u16);
+            self.fill_ipv4_header_checksum(head);
         }
-        let sum = self.pseudo_header_sum(frame, frame.len() - self.l4_offset);
-        put16(frame, self.checksum_offset(), sum);
+        let sum = self.pseudo_header_sum(head, length - self.l4_offset);
+        put16(head, self.checksum_offset(), sum);
     }
 }
 
@@ -205,24 +206,25 @@ pub struct Segmenter {
 }
 
 impl Segmenter {
-    /// None when the TCP header does not fit in the frame or `mss` is 0.
-    pub fn new(frame: &[u8], transport: Transport, mss: usize) -> Option<Self> {
+    /// For a frame of `length` bytes that starts with `head`. None when the TCP header does not fit in the head or `mss`
+    /// is 0.
+    pub fn new(head: &[u8], length: usize, transport: Transport, mss: usize) -> Option<Self> {
         let l4 = transport.l4_offset;
-        if transport.protocol != TCP || !transport.fits(frame.len()) || mss == 0 {
+        if transport.protocol != TCP || !transport.fits(head.len()) || mss == 0 {
             return None;
         }
-        let payload_start = l4 + usize::from(frame.get(l4 + 12)? >> 4) * 4;
-        if payload_start < l4 + 20 || payload_start > frame.len() {
+        let payload_start = l4 + usize::from(head.get(l4 + 12)? >> 4) * 4;
+        if payload_start < l4 + 20 || payload_start > head.len() {
             return None;
         }
-        let sequence = frame.get(l4 + 4..l4 + 8)?;
+        let sequence = head.get(l4 + 4..l4 + 8)?;
         Some(Segmenter {
             transport,
             payload_start,
             mss,
-            length: frame.len(),
+            length,
             sequence: u32::from_be_bytes([sequence[0], sequence[1], sequence[2], sequence[3]]),
-            identification: be16(frame, transport.ip_offset + 4)?,
+            identification: be16(head, transport.ip_offset + 4)?,
         })
     }
 

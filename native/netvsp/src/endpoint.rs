@@ -6,18 +6,20 @@
 
 use std::collections::VecDeque;
 use std::fmt::Display;
+use std::ops::Range;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use vswitch_memory::{BufferView, GuestMemory, Interrupt};
 use vswitch_ring::{RingError, RingReader, RingWriter};
 use vswitch_switch::drops::DropReason;
-use vswitch_switch::endpoint::{Batch, Checksum, Endpoint, FrameRef, BATCH};
+use vswitch_switch::endpoint::{Batch, Checksum, Endpoint, FrameRef, BATCH, HEAD_BYTES};
 use vswitch_wire::packet::{
     self, PacketRef, TransferRange, VM_PKT_COMP, VM_PKT_DATA_INBAND, VM_PKT_DATA_USING_GPA_DIRECT,
 };
 
 use crate::checksum::{find_transport, Segmenter, Transport};
+use crate::guest_bytes::Source;
 use crate::limits::{
     CONTROL_RESERVE, MAX_COMPLETIONS_QUEUED, MAX_CONTROL_BACKLOG_BYTES, MAX_CONTROL_BYTES,
     MAX_CONTROL_QUEUED, MAX_GPA_RANGES, MAX_MESSAGE_BYTES, MAX_PACKETS_PER_MESSAGE,
@@ -30,6 +32,8 @@ use crate::shared::{Command, ControlKind, ControlPacket, Shared};
 
 const SEND_RNDIS_PKT: u32 = 107;
 const SEND_RNDIS_PKT_COMPLETE: u32 = 108;
+/// Bytes of a data message that are copied at once: RNDIS header, per-packet info, the head of the frame.
+const PREFIX: usize = 320;
 const NO_SECTION: u32 = 0xFFFF_FFFF;
 const SUCCESS: u32 = 1;
 const FAILURE: u32 = 2;
@@ -129,6 +133,26 @@ impl Outgoing {
     }
 }
 
+/// What follows a message's head.
+enum Body<'a> {
+    /// Private bytes.
+    Bytes(&'a [u8]),
+    /// The frame as it is.
+    Frame(&'a FrameRef<'a>),
+    /// Private headers, then a range of the frame.
+    Split(&'a [u8], &'a FrameRef<'a>, Range<usize>),
+}
+
+impl Body<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Body::Bytes(data) => data.len(),
+            Body::Frame(frame) => frame.len(),
+            Body::Split(headers, _, range) => headers.len() + range.len(),
+        }
+    }
+}
+
 /// How a frame goes to the guest.
 enum Plan {
     /// As it is, with these receive checksum flags.
@@ -167,8 +191,10 @@ pub struct ChannelEndpoint {
     waiting: VecDeque<Waiting>,
     waiting_bytes: usize,
     outgoing: Outgoing,
-    /// Reused: the ring packet, the RNDIS bytes behind it, a frame being rewritten, a segment, an encoded packet.
+    /// Reused: the ring packet, where the RNDIS bytes behind it lie, a private copy of them, a frame being rewritten,
+    /// a segment, an encoded packet.
     packet: Vec<u8>,
+    source: Source,
     message: Vec<u8>,
     work: Vec<u8>,
     piece: Vec<u8>,
@@ -200,6 +226,7 @@ impl ChannelEndpoint {
             waiting_bytes: 0,
             outgoing: Outgoing::default(),
             packet: Vec::new(),
+            source: Source::default(),
             message: Vec::new(),
             work: Vec::new(),
             piece: Vec::new(),
@@ -399,13 +426,13 @@ impl ChannelEndpoint {
 
     fn take_rndis(&mut self, packet: &PacketRef<'_>, batch: &mut Batch) {
         let (id, requested) = (packet.transaction_id(), packet.completion_requested());
-        let mut message = std::mem::take(&mut self.message);
-        let outcome = match self.gather(packet, &mut message) {
-            Ok(0) => Ok(self.take_data(&mut message, batch)),
-            Ok(1) => self.take_control_message(id, &message).map(|()| SUCCESS),
+        let mut source = std::mem::take(&mut self.source);
+        let outcome = match self.gather(packet, &mut source) {
+            Ok(0) => Ok(self.take_data(&source, batch)),
+            Ok(1) => self.take_control_message(id, &source).map(|()| SUCCESS),
             Ok(_) | Err(Malformed) => Err(Malformed),
         };
-        self.message = message;
+        self.source = source;
         match outcome {
             Ok(status) if requested => self.completions.push_back((id, Answer::Status(status))),
             Ok(_) => {}
@@ -413,8 +440,8 @@ impl ChannelEndpoint {
         }
     }
 
-    /// Copies the RNDIS bytes of a 107, its send section and then its GPA ranges; gives the channel type.
-    fn gather(&self, packet: &PacketRef<'_>, message: &mut Vec<u8>) -> Result<u32, Malformed> {
+    /// Finds the RNDIS bytes of a 107, its send section and then its GPA ranges; gives the channel type.
+    fn gather(&self, packet: &PacketRef<'_>, source: &mut Source) -> Result<u32, Malformed> {
         let field = |at| le32(packet.payload, at).ok_or(Malformed);
         let (channel_type, index, size) = (field(4)?, field(8)?, field(12)?);
         let direct = packet.kind() == VM_PKT_DATA_USING_GPA_DIRECT;
@@ -435,74 +462,58 @@ impl ChannelEndpoint {
         if total > MAX_MESSAGE_BYTES {
             return Err(Malformed);
         }
-        message.resize(total as usize, 0);
-        let mut rest = message.as_mut_slice();
+        source.clear();
         if index != NO_SECTION {
             let send = self.send.as_ref().ok_or(Malformed)?;
             let start = u64::from(index) * send.section_size as u64;
             if start + u64::from(size) > send.view.len() as u64 {
                 return Err(Malformed);
             }
-            let (section, behind) = rest.split_at_mut(size as usize);
-            send.view
-                .read(start as usize, section)
+            source
+                .add_view(&send.view, start as usize, size as usize)
                 .map_err(|_| Malformed)?;
-            rest = behind;
         }
         if direct {
             for range in packet.gpa_ranges().map_err(|_| Malformed)? {
                 let range = range.map_err(|_| Malformed)?;
-                let (mut part, behind) = rest.split_at_mut(range.byte_count as usize);
+                let mut left = range.byte_count as usize;
                 let mut skip = u64::from(range.byte_offset);
                 for pfn in range.pfns() {
-                    let take = part.len().min((4096 - skip) as usize);
-                    let (page, after) = part.split_at_mut(take);
-                    self.memory
-                        .read((pfn << 12) + skip, page)
+                    let take = left.min((4096 - skip) as usize);
+                    source
+                        .add(&self.memory, (pfn << 12) + skip, take)
                         .map_err(|_| Malformed)?;
-                    part = after;
+                    left -= take;
                     skip = 0;
                 }
-                rest = behind;
             }
         }
         Ok(channel_type)
     }
 
     /// Frames of one to eight PACKET messages; those in front of a malformed one are good. Gives the NVSP status.
-    fn take_data(&mut self, message: &mut [u8], batch: &mut Batch) -> u32 {
+    fn take_data(&mut self, source: &Source, batch: &mut Batch) -> u32 {
         if !self.data {
             self.drop_incoming(batch, DropReason::NotReady);
             return FAILURE;
         }
-        let mut rest = message;
+        let mut offset = 0;
         let mut frames = 0;
         let mut bytes = 0;
-        let mut good = !rest.is_empty();
-        while !rest.is_empty() {
-            if frames == MAX_PACKETS_PER_MESSAGE {
-                good = false;
-                break;
-            }
-            let Ok(parsed) = rndis_data::parse(rest) else {
+        let mut good = source.len() > 0;
+        while offset < source.len() {
+            let taken = if frames < MAX_PACKETS_PER_MESSAGE {
+                self.take_frame(source, offset, batch)
+            } else {
+                Err(Malformed)
+            };
+            let Ok((message, frame)) = taken else {
                 good = false;
                 break;
             };
-            let (current, behind) = rest.split_at_mut(parsed.message_length);
-            let end = parsed.data_start + parsed.data_length;
-            let Some(frame) = current.get_mut(parsed.data_start..end) else {
-                good = false;
-                break;
-            };
-            if let Some(transport) = parsed.fill_ip_checksum {
-                transport.fill_ipv4_header_checksum(frame);
-            }
-            // `receive` keeps room for eight frames, and the length was checked.
-            if batch.push(frame, parsed.meta) {
-                frames += 1;
-                bytes += frame.len() as u64;
-            }
-            rest = behind;
+            offset += message;
+            frames += 1;
+            bytes += frame as u64;
         }
         self.shared.counters.frames_from_guest.add(frames as u64);
         self.shared.counters.bytes_from_guest.add(bytes);
@@ -514,19 +525,95 @@ impl ChannelEndpoint {
         FAILURE
     }
 
-    fn take_control_message(&mut self, id: u64, data: &[u8]) -> Result<(), Malformed> {
-        let (kind, length) = (
-            le32(data, 0).ok_or(Malformed)?,
-            le32(data, 4).ok_or(Malformed)? as usize,
-        );
-        if !GUEST_CONTROL.contains(&kind) || !(8..=MAX_CONTROL_BYTES).contains(&length) {
+    /// The frame of the message at `offset`: its head copied once, the rest left where it is. Gives the bytes of the
+    /// message and of the frame.
+    fn take_frame(
+        &mut self,
+        source: &Source,
+        offset: usize,
+        batch: &mut Batch,
+    ) -> Result<(usize, usize), Malformed> {
+        let remaining = source.len() - offset;
+        let mut prefix = [0u8; PREFIX];
+        let prefix = &mut prefix[..remaining.min(PREFIX)];
+        if !source.copy(offset, prefix) {
             return Err(Malformed);
         }
-        let message = data.get(..length).ok_or(Malformed)?;
+        let header = rndis_data::parse_header(prefix, remaining)?;
+        let have = prefix.len().min(header.message_length);
+        let Some(records) = prefix.get(header.ppi_start..header.ppi_start + header.ppi_length)
+        else {
+            return self.take_whole(source, offset, batch);
+        };
+        let info = rndis_data::parse_info(records)?;
+        let end = (header.data_start + header.data_length).min(have);
+        let length = header.data_length;
+        let Some(head) = prefix.get_mut(header.data_start..end) else {
+            return self.take_whole(source, offset, batch);
+        };
+        let whole = head.len() == length;
+        if !whole && head.len() < HEAD_BYTES {
+            return self.take_whole(source, offset, batch);
+        }
+        let (meta, fill) = match rndis_data::apply(head, length, &info) {
+            Ok(applied) => applied,
+            // Headers longer than the head: judged on a copy of the whole.
+            Err(Malformed) if !whole => return self.take_whole(source, offset, batch),
+            Err(Malformed) => return Err(Malformed),
+        };
+        if let Some(transport) = fill {
+            transport.fill_ipv4_header_checksum(head);
+        }
+        // `receive` keeps room for eight frames, and the length was checked.
+        let Some(mut frame) = batch.begin() else {
+            return Err(Malformed);
+        };
+        frame.head(head.len()).copy_from_slice(head);
+        let tail = offset + header.data_start + head.len();
+        if !whole && !source.each(tail, length - head.len(), |piece| frame.tail(piece)) {
+            drop(frame);
+            return self.take_whole(source, offset, batch);
+        }
+        if frame.finish(meta) {
+            Ok((header.message_length, length))
+        } else {
+            Err(Malformed)
+        }
+    }
+
+    /// As `take_frame`, from a private copy of the whole message: everything is judged anew, on that copy.
+    fn take_whole(
+        &mut self,
+        source: &Source,
+        offset: usize,
+        batch: &mut Batch,
+    ) -> Result<(usize, usize), Malformed> {
+        let mut message = std::mem::take(&mut self.message);
+        message.resize(source.len() - offset, 0);
+        let taken = if source.copy(offset, &mut message) {
+            push_whole(&mut message, batch)
+        } else {
+            Err(Malformed)
+        };
+        self.message = message;
+        taken
+    }
+
+    fn take_control_message(&mut self, id: u64, source: &Source) -> Result<(), Malformed> {
+        let mut message = vec![0; source.len().min(MAX_CONTROL_BYTES)];
+        if !source.copy(0, &mut message) {
+            return Err(Malformed);
+        }
+        let kind = le32(&message, 0).ok_or(Malformed)?;
+        let length = le32(&message, 4).ok_or(Malformed)? as usize;
+        if !GUEST_CONTROL.contains(&kind) || !(8..=message.len()).contains(&length) {
+            return Err(Malformed);
+        }
+        message.truncate(length);
         if !self.shared.control_has_room() {
             return Err(Malformed);
         }
-        self.queue_control(ControlKind::Rndis, id, false, message);
+        self.queue_control(ControlKind::Rndis, id, false, &message);
         Ok(())
     }
 
@@ -540,8 +627,15 @@ impl ChannelEndpoint {
         if offload.checksum == Checksum::None {
             return Ok(Plan::Whole(0));
         }
-        let transport = find_transport(frame.head)
-            .filter(|transport| transport.is_tcp_or_udp(frame.head.len()));
+        let find = |head: &[u8]| {
+            find_transport(head).filter(|transport| transport.is_tcp_or_udp(head.len()))
+        };
+        let mut transport = find(frame.head);
+        if transport.is_none() && !frame.tail.is_empty() {
+            // Headers longer than the head.
+            self.copy_to_work(frame, frame.len());
+            transport = find(&self.work);
+        }
         let partial = offload.checksum == Checksum::Partial;
         let Some(transport) = transport else {
             return if partial {
@@ -563,26 +657,39 @@ impl ChannelEndpoint {
     }
 
     fn plan_large(&mut self, frame: &FrameRef<'_>, mss: usize) -> Result<Plan, DropReason> {
-        self.copy_to_work(frame);
-        let transport = find_transport(&self.work).ok_or(DropReason::InvalidPacket)?;
-        let segmenter =
-            Segmenter::new(&self.work, transport, mss).ok_or(DropReason::InvalidPacket)?;
+        let parse = |head: &[u8]| {
+            let transport = find_transport(head)?;
+            Some((
+                transport,
+                Segmenter::new(head, frame.len(), transport, mss)?,
+            ))
+        };
+        let mut parsed = parse(frame.head);
+        if parsed.is_none() && !frame.tail.is_empty() {
+            // Headers longer than the head.
+            self.copy_to_work(frame, frame.len());
+            parsed = parse(&self.work);
+        }
+        let (transport, segmenter) = parsed.ok_or(DropReason::InvalidPacket)?;
         if segmenter.count() > MAX_RSC_RANGES || segmenter.largest() > self.settings.mtu + 4 {
             return Err(DropReason::InvalidPacket);
         }
         let flags = self.settings.known_good(&transport);
         if self.settings.coalesces(&transport) && segmenter.count() > 1 {
             self.shared.counters.large_sends_coalesced.add(1);
-            transport.make_whole(&mut self.work);
+            self.copy_to_work(frame, segmenter.payload_start);
+            transport.make_whole(&mut self.work, frame.len());
             let flags = if flags == 0 { 0 } else { flags | VALUE_INVALID };
             return Ok(Plan::Coalesced(segmenter, flags));
         }
         self.shared.counters.large_sends_segmented.add(1);
+        self.copy_to_work(frame, frame.len());
         Ok(Plan::Segments(segmenter, flags))
     }
 
-    fn copy_to_work(&mut self, frame: &FrameRef<'_>) {
-        self.work.resize(frame.len(), 0);
+    /// Copies the first `length` bytes of the frame to private memory.
+    fn copy_to_work(&mut self, frame: &FrameRef<'_>, length: usize) {
+        self.work.resize(length, 0);
         let done = frame.copy_prefix(&mut self.work);
         self.work.truncate(done);
     }
@@ -643,24 +750,16 @@ impl ChannelEndpoint {
     ) -> Result<(), DropReason> {
         let vlan = frame.meta.vlan_tci;
         match plan {
-            Plan::Whole(flags) if frame.tail.is_empty() => {
-                let head = MessageHead::new(vlan, *flags, None, frame.len());
-                self.write_message(&head, frame.head, limit)
-            }
             Plan::Whole(flags) => {
-                self.copy_to_work(frame);
-                let work = std::mem::take(&mut self.work);
-                let head = MessageHead::new(vlan, *flags, None, work.len());
-                let written = self.write_message(&head, &work, limit);
-                self.work = work;
-                written
+                let head = MessageHead::new(vlan, *flags, None, frame.len());
+                self.write_message(&head, Body::Frame(frame), limit)
             }
             Plan::Completed(transport) => {
-                self.copy_to_work(frame);
+                self.copy_to_work(frame, frame.len());
                 let mut work = std::mem::take(&mut self.work);
                 transport.complete_checksum(&mut work);
                 let head = MessageHead::new(vlan, 0, None, work.len());
-                let written = self.write_message(&head, &work, limit);
+                let written = self.write_message(&head, Body::Bytes(&work), limit);
                 self.work = work;
                 written
             }
@@ -671,7 +770,7 @@ impl ChannelEndpoint {
                 for index in 0..segmenter.count() {
                     segmenter.build(&work, index, &mut piece);
                     let head = MessageHead::new(vlan, *flags, None, piece.len());
-                    written = written.and(self.write_message(&head, &piece, limit));
+                    written = written.and(self.write_message(&head, Body::Bytes(&piece), limit));
                 }
                 self.work = work;
                 self.piece = piece;
@@ -682,18 +781,20 @@ impl ChannelEndpoint {
                 let count = segmenter.count();
                 let mut written = Ok(());
                 for index in 0..count {
-                    let mut range = segmenter.payload(index);
+                    let range = segmenter.payload(index);
                     let mut mark = RSC_MULTIPLE;
                     if index == 0 {
                         mark |= RSC_FIRST;
-                        range.start = 0;
                     }
                     if index + 1 == count {
                         mark |= RSC_LAST;
                     }
-                    let data = work.get(range).unwrap_or_default();
-                    let head = MessageHead::new(vlan, *flags, Some(mark), data.len());
-                    written = written.and(self.write_message(&head, data, limit));
+                    // The headers come from the private copy, where they were made true for the whole.
+                    let headers = if index == 0 { work.as_slice() } else { &[] };
+                    let length = headers.len() + range.len();
+                    let head = MessageHead::new(vlan, *flags, Some(mark), length);
+                    let body = Body::Split(headers, frame, range);
+                    written = written.and(self.write_message(&head, body, limit));
                 }
                 self.work = work;
                 written
@@ -704,7 +805,7 @@ impl ChannelEndpoint {
     fn write_message(
         &mut self,
         head: &MessageHead,
-        data: &[u8],
+        body: Body<'_>,
         limit: usize,
     ) -> Result<(), DropReason> {
         let Some(receive) = self.receive.as_mut() else {
@@ -714,15 +815,21 @@ impl ChannelEndpoint {
             return Err(DropReason::Resources);
         };
         let header = head.bytes();
-        let written = receive
-            .write(slot, 0, header)
-            .and_then(|()| receive.write(slot, header.len(), data));
+        let at = header.len();
+        let written = receive.write(slot, 0, header).and_then(|()| match &body {
+            Body::Bytes(data) => receive.write(slot, at, data),
+            Body::Frame(frame) => receive.write_frame(slot, at, frame, 0, frame.len()),
+            Body::Split(headers, frame, range) => receive.write(slot, at, headers).and_then(|()| {
+                let at = at + headers.len();
+                receive.write_frame(slot, at, frame, range.start, range.len())
+            }),
+        });
         if written.is_err() {
             receive.put_back(slot);
             return Err(DropReason::VmbusError);
         }
         let range = TransferRange {
-            byte_count: (header.len() + data.len()) as u32,
+            byte_count: (header.len() + body.len()) as u32,
             byte_offset: (slot as usize * receive.size) as u32,
         };
         self.outgoing.make_room(1, limit);
@@ -863,6 +970,27 @@ impl ChannelEndpoint {
             }
         }
         Ok(written)
+    }
+}
+
+/// Puts the frame of the private `message` into the batch; bytes of the message and of the frame.
+fn push_whole(message: &mut [u8], batch: &mut Batch) -> Result<(usize, usize), Malformed> {
+    let header = rndis_data::parse_header(message, message.len())?;
+    let records = message
+        .get(header.ppi_start..header.ppi_start + header.ppi_length)
+        .ok_or(Malformed)?;
+    let info = rndis_data::parse_info(records)?;
+    let frame = message
+        .get_mut(header.data_start..header.data_start + header.data_length)
+        .ok_or(Malformed)?;
+    let (meta, fill) = rndis_data::apply(frame, frame.len(), &info)?;
+    if let Some(transport) = fill {
+        transport.fill_ipv4_header_checksum(frame);
+    }
+    if batch.push(frame, meta) {
+        Ok((header.message_length, header.data_length))
+    } else {
+        Err(Malformed)
     }
 }
 

@@ -20,6 +20,7 @@ pub mod channel;
 pub mod checksum;
 mod endpoint;
 mod fd;
+mod guest_bytes;
 pub mod limits;
 mod receive_buffer;
 mod receive_path;

@@ -2,6 +2,9 @@
 
 use vswitch_memory::{BufferView, MemoryError};
 
+use vswitch_switch::endpoint::FrameRef;
+
+use crate::guest_bytes::copy_frame;
 use crate::limits::CONTROL_RESERVE;
 
 const END: u32 = u32::MAX;
@@ -49,6 +52,19 @@ impl ReceiveBuffer {
     /// Copies `data` to `offset` of sub-allocation `index`.
     pub(crate) fn write(&self, index: u32, offset: usize, data: &[u8]) -> Result<(), MemoryError> {
         self.view.write(index as usize * self.size + offset, data)
+    }
+
+    /// Copies `length` bytes of `frame`, from `from` on, to `offset` of sub-allocation `index`.
+    pub(crate) fn write_frame(
+        &self,
+        index: u32,
+        offset: usize,
+        frame: &FrameRef<'_>,
+        from: usize,
+        length: usize,
+    ) -> Result<(), MemoryError> {
+        let at = index as usize * self.size + offset;
+        copy_frame(frame, from, &self.view, at, length)
     }
 
     /// Notes that `indices` went out in one packet; its transaction id.

@@ -3,26 +3,21 @@
 //! All input is a private copy. Offsets inside a message are relative to its byte 8.
 
 use vswitch_switch::endpoint::{Checksum, Meta, Offload, MAX_FRAME};
+use vswitch_wire::rndis::{
+    packet_header, PacketHeader, PpiIter, IEEE_8021Q_INFO, NBL_HASH_VALUE, PACKET_HEADER_SIZE,
+    PPI_HEADER_SIZE, RNDIS_PKTINFO_ID, RNDIS_PKTINFO_INTERNAL, TCPIP_CHKSUM_PKTINFO,
+    TCP_LARGESEND_PKTINFO,
+};
 
 use crate::checksum::{find_transport, Transport, TCP, UDP};
 use crate::limits::{ETHERNET_HEADER, MAX_RSC_RANGES};
-
-pub(crate) const PACKET_HEADER: usize = 44;
-const RNDIS_MSG_PACKET: u32 = 1;
-const OFFSET_BASE: usize = 8;
-const BODY_START: usize = PACKET_HEADER - OFFSET_BASE;
-const INFO_HEADER: usize = 12;
-
-const TCPIP_CHKSUM_PKTINFO: u32 = 0;
-const TCP_LARGESEND_PKTINFO: u32 = 2;
-const IEEE_8021Q_INFO: u32 = 6;
-const NBL_HASH_VALUE: u32 = 8;
-const PACKET_ID: u32 = 1 << 31 | 1;
 
 const TX_TCP: u32 = 4;
 const TX_UDP: u32 = 8;
 const TX_IP_HEADER: u32 = 16;
 const LSO_V2: u32 = 1 << 30;
+const RECORD: usize = PPI_HEADER_SIZE + 4;
+const MAX_RECORDS: usize = 3;
 
 /// A guest's message that breaks the format; the packet is answered with NVSP status 2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,122 +28,76 @@ pub(crate) fn le32(data: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
 }
 
-/// One checked message of a packet: where its frame is, and what accompanies it.
-#[derive(Debug)]
-pub(crate) struct Parsed {
-    pub(crate) message_length: usize,
-    pub(crate) data_start: usize,
-    pub(crate) data_length: usize,
-    pub(crate) meta: Meta,
-    /// The frame's IPv4 header checksum is to be filled in.
-    pub(crate) fill_ip_checksum: Option<Transport>,
+/// Where the parts of the message at the start of `prefix` are; `available` bytes of it exist.
+pub(crate) fn parse_header(prefix: &[u8], available: usize) -> Result<PacketHeader, Malformed> {
+    let header = PacketHeader::parse(prefix, available).map_err(|_| Malformed)?;
+    if (ETHERNET_HEADER..=MAX_FRAME).contains(&header.data_length) {
+        Ok(header)
+    } else {
+        Err(Malformed)
+    }
 }
 
-/// Values of the records that the data path acts upon; `Some(None)`: a record without its value.
-#[derive(Default)]
-struct Info {
-    checksum: Option<Option<u32>>,
-    lso: Option<Option<u32>>,
-    vlan: Option<Option<u32>>,
-    hash: Option<Option<u32>>,
+/// Values of the records that the data path acts upon.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Info {
+    checksum: Option<u32>,
+    lso: Option<u32>,
+    vlan: Option<u32>,
+    hash: Option<u32>,
 }
 
-/// Checks the message at the start of `data`.
-pub(crate) fn parse(data: &[u8]) -> Result<Parsed, Malformed> {
-    let field = |at| le32(data, at).ok_or(Malformed);
-    if data.len() < PACKET_HEADER || field(0)? != RNDIS_MSG_PACKET {
-        return Err(Malformed);
+/// Per-packet info records; of two of one type the later counts, and it must have a value.
+pub(crate) fn parse_info(area: &[u8]) -> Result<Info, Malformed> {
+    // Outer: is there such a record; inner: has it a value.
+    let mut found: [Option<Option<u32>>; 4] = [None; 4];
+    for record in PpiIter::new(area) {
+        let record = record.map_err(|_| Malformed)?;
+        let place = match record.kind {
+            TCPIP_CHKSUM_PKTINFO => 0,
+            TCP_LARGESEND_PKTINFO => 1,
+            IEEE_8021Q_INFO => 2,
+            NBL_HASH_VALUE => 3,
+            _ => continue,
+        };
+        found[place] = Some(record.value());
     }
-    let length = field(4)? as usize;
-    if length < PACKET_HEADER || length > data.len() {
-        return Err(Malformed);
-    }
-    if field(16)? != 0 || field(20)? != 0 || field(24)? != 0 || field(36)? != 0 {
-        return Err(Malformed);
-    }
-    let (data_offset, data_length) = (field(8)? as usize, field(12)? as usize);
-    let (info_offset, info_length) = (field(28)? as usize, field(32)? as usize);
-    if data_offset < BODY_START || OFFSET_BASE + data_offset + data_length > length {
-        return Err(Malformed);
-    }
-    if !(ETHERNET_HEADER..=MAX_FRAME).contains(&data_length) {
-        return Err(Malformed);
-    }
-    let message = data.get(..length).ok_or(Malformed)?;
-    let mut info = Info::default();
-    if info_length != 0 {
-        if info_offset < BODY_START
-            || !info_offset.is_multiple_of(4)
-            || OFFSET_BASE + info_offset + info_length > length
-            || PACKET_HEADER + info_length + data_length > length
-        {
-            return Err(Malformed);
-        }
-        let start = OFFSET_BASE + info_offset;
-        info = parse_info(message.get(start..start + info_length).ok_or(Malformed)?)?;
-    }
-    let start = OFFSET_BASE + data_offset;
-    let frame = message.get(start..start + data_length).ok_or(Malformed)?;
-    let (meta, fill_ip_checksum) = apply(frame, &info)?;
-    Ok(Parsed {
-        message_length: length,
-        data_start: start,
-        data_length,
-        meta,
-        fill_ip_checksum,
-    })
-}
-
-/// Per-packet info records; of two of one type the later counts. A record's data is at 12 whatever its offset says.
-fn parse_info(mut area: &[u8]) -> Result<Info, Malformed> {
-    let mut info = Info::default();
-    while !area.is_empty() {
-        let size = le32(area, 0).ok_or(Malformed)? as usize;
-        let kind = le32(area, 4).ok_or(Malformed)?;
-        if area.len() < INFO_HEADER || size < INFO_HEADER || !size.is_multiple_of(4) {
-            return Err(Malformed);
-        }
-        let (record, rest) = area.split_at_checked(size).ok_or(Malformed)?;
-        let value = Some(le32(record, INFO_HEADER));
-        match kind {
-            TCPIP_CHKSUM_PKTINFO => info.checksum = value,
-            TCP_LARGESEND_PKTINFO => info.lso = value,
-            IEEE_8021Q_INFO => info.vlan = value,
-            NBL_HASH_VALUE => info.hash = value,
-            _ => {}
-        }
-        area = rest;
-    }
-    Ok(info)
-}
-
-fn value(record: Option<Option<u32>>) -> Result<Option<u32>, Malformed> {
-    match record {
+    let value = |record: Option<Option<u32>>| match record {
         Some(None) => Err(Malformed),
         Some(value) => Ok(value),
         None => Ok(None),
-    }
+    };
+    Ok(Info {
+        checksum: value(found[0])?,
+        lso: value(found[1])?,
+        vlan: value(found[2])?,
+        hash: value(found[3])?,
+    })
 }
 
-fn apply(frame: &[u8], info: &Info) -> Result<(Meta, Option<Transport>), Malformed> {
-    let checksum = value(info.checksum)?;
-    let lso = value(info.lso)?;
+/// What accompanies a frame of `length` bytes that starts with `head`, and the place of an IPv4 header checksum that is
+/// to be filled in. A head that is not the whole frame must hold all headers: else this fails, though the frame is good.
+pub(crate) fn apply(
+    head: &[u8],
+    length: usize,
+    info: &Info,
+) -> Result<(Meta, Option<Transport>), Malformed> {
     let mut meta = Meta {
         offload: Offload::default(),
-        vlan_tci: value(info.vlan)?.map(tci_from_info),
-        hash: value(info.hash)?,
+        vlan_tci: info.vlan.map(tci_from_info),
+        hash: info.hash,
     };
     let mut fill = None;
-    match (lso, checksum) {
-        (Some(lso), _) if lso & 0xF_FFFF != 0 => meta.offload = large_send(frame, lso)?,
+    match (info.lso, info.checksum) {
+        (Some(lso), _) if lso & 0xF_FFFF != 0 => meta.offload = large_send(head, length, lso)?,
         (_, Some(request)) if request & (TX_TCP | TX_UDP | TX_IP_HEADER) != 0 => {
-            let transport = transport_of(frame, request >> 16 & 0x3FF)?;
+            let transport = transport_of(head, request >> 16 & 0x3FF)?;
             if request & TX_IP_HEADER != 0 {
                 fill = Some(transport);
             }
             if request & (TX_TCP | TX_UDP) != 0 {
                 let wanted = if request & TX_TCP != 0 { TCP } else { UDP };
-                if transport.protocol != wanted || !transport.fits(frame.len()) {
+                if transport.protocol != wanted || !transport.fits(head.len()) {
                     return Err(Malformed);
                 }
                 meta.offload = Offload {
@@ -163,27 +112,26 @@ fn apply(frame: &[u8], info: &Info) -> Result<(Meta, Option<Transport>), Malform
     Ok((meta, fill))
 }
 
-fn transport_of(frame: &[u8], header_offset: u32) -> Result<Transport, Malformed> {
-    let transport = find_transport(frame).ok_or(Malformed)?;
+fn transport_of(head: &[u8], header_offset: u32) -> Result<Transport, Malformed> {
+    let transport = find_transport(head).ok_or(Malformed)?;
     if header_offset != 0 && header_offset as usize != transport.l4_offset {
         return Err(Malformed);
     }
     Ok(transport)
 }
 
-fn large_send(frame: &[u8], request: u32) -> Result<Offload, Malformed> {
+fn large_send(head: &[u8], length: usize, request: u32) -> Result<Offload, Malformed> {
     // Version 1 is never offered.
     if request & LSO_V2 == 0 {
         return Err(Malformed);
     }
-    let transport = transport_of(frame, request >> 20 & 0x3FF)?;
+    let transport = transport_of(head, request >> 20 & 0x3FF)?;
     let mss = request & 0xF_FFFF;
-    if transport.protocol != TCP || !transport.fits(frame.len()) {
+    if transport.protocol != TCP || !transport.fits(head.len()) {
         return Err(Malformed);
     }
-    let header = usize::from(frame.get(transport.l4_offset + 12).ok_or(Malformed)? >> 4) * 4;
-    let payload = frame
-        .len()
+    let header = usize::from(head.get(transport.l4_offset + 12).ok_or(Malformed)? >> 4) * 4;
+    let payload = length
         .checked_sub(transport.l4_offset + header)
         .ok_or(Malformed)?;
     if header < 20 || payload > mss as usize * MAX_RSC_RANGES {
@@ -209,7 +157,7 @@ fn info_from_tci(tci: u16) -> u32 {
 /// Header and per-packet info of a message towards a guest; the frame's `length` bytes follow it directly.
 #[derive(Clone, Copy)]
 pub(crate) struct MessageHead {
-    bytes: [u8; PACKET_HEADER + 3 * 16],
+    bytes: [u8; PACKET_HEADER_SIZE + MAX_RECORDS * RECORD],
     length: usize,
 }
 
@@ -221,8 +169,8 @@ impl MessageHead {
         length: usize,
     ) -> Self {
         let mut head = MessageHead {
-            bytes: [0; PACKET_HEADER + 3 * 16],
-            length: PACKET_HEADER,
+            bytes: [0; PACKET_HEADER_SIZE + MAX_RECORDS * RECORD],
+            length: PACKET_HEADER_SIZE,
         };
         if let Some(tci) = vlan {
             head.record(IEEE_8021Q_INFO, info_from_tci(tci));
@@ -231,16 +179,14 @@ impl MessageHead {
             head.record(TCPIP_CHKSUM_PKTINFO, checksum);
         }
         if let Some(flags) = packet_id {
-            head.record(PACKET_ID, 1 | u32::from(flags) << 8);
+            // Version 1, flags, id 0.
+            head.record(
+                RNDIS_PKTINFO_INTERNAL | RNDIS_PKTINFO_ID,
+                1 | u32::from(flags) << 8,
+            );
         }
-        let info = (head.length - PACKET_HEADER) as u32;
-        let body = BODY_START as u32;
-        head.put(0, RNDIS_MSG_PACKET);
-        head.put(4, (head.length + length) as u32);
-        head.put(8, body + info);
-        head.put(12, length as u32);
-        head.put(28, if info == 0 { 0 } else { body });
-        head.put(32, info);
+        let header = packet_header(head.length - PACKET_HEADER_SIZE, length);
+        head.bytes[..PACKET_HEADER_SIZE].copy_from_slice(&header);
         head
     }
 
@@ -248,16 +194,12 @@ impl MessageHead {
         &self.bytes[..self.length]
     }
 
-    fn put(&mut self, at: usize, value: u32) {
-        self.bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
-    }
-
     fn record(&mut self, kind: u32, value: u32) {
-        let at = self.length;
-        self.put(at, 16);
-        self.put(at + 4, kind);
-        self.put(at + 8, INFO_HEADER as u32);
-        self.put(at + 12, value);
-        self.length += 16;
+        let words = [RECORD as u32, kind, PPI_HEADER_SIZE as u32, value];
+        let target = self.bytes[self.length..].chunks_exact_mut(4);
+        for (field, word) in target.zip(words) {
+            field.copy_from_slice(&word.to_le_bytes());
+        }
+        self.length += RECORD;
     }
 }

@@ -9,7 +9,9 @@ use pyo3::types::{PyBytes, PyDict};
 use vswitch_netvsp::channel::Pages;
 use vswitch_netvsp::Channel;
 use vswitch_switch::drops::DropReason;
-use vswitch_switch::endpoint::{Batch, Checksum, Endpoint, FrameRef, Meta, Offload};
+use vswitch_switch::endpoint::{
+    Batch, Checksum, Endpoint, FrameRef, Meta, Offload, Segment, HEAD_BYTES,
+};
 
 use crate::memory::{PyGuestMemory, PyInterrupt};
 use crate::switch::EndpointHandle;
@@ -325,8 +327,17 @@ impl EndpointDriver {
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let data: Vec<u8> = frame.getattr("data")?.extract()?;
         let meta = native_meta(frame)?;
+        let (head, tail) = data.split_at(data.len().min(HEAD_BYTES));
+        // SAFETY: `data` lives until this call returns, and `transmit` copies what it takes.
+        let tail = [unsafe { Segment::new(tail.as_ptr(), tail.len()) }];
+        let frame = FrameRef {
+            head,
+            tail: if data.len() > HEAD_BYTES { &tail } else { &[] },
+            length: data.len(),
+            meta,
+        };
         let outcome = match &mut self.driven().endpoint {
-            Some(endpoint) => endpoint.transmit(&FrameRef::whole(&data, meta)),
+            Some(endpoint) => endpoint.transmit(&frame),
             None => Err(DropReason::VmbusError),
         };
         match outcome {
