@@ -307,7 +307,7 @@ async def test_a_forged_ring_index_is_the_failure_of_that_extension_alone(net: N
 async def test_lies_on_the_control_socket_end_the_process(net: Net) -> None:
     await net.load(
         "import os\n"
-        "for fd in range(3, 32):\n"
+        "for fd in range(3, 4096):\n"
         "    try:\n"
         "        os.write(fd, b'{\"pid\": 1234}')\n"
         "    except OSError:\n"
