@@ -15,7 +15,7 @@ from vswitchctl.frame_text import describe
 PacketFilter = Callable[[Record], bool]
 
 _DIRECTIONS = {0: "guest > host", 1: "host > guest"}
-_KINDS = {1: "channel message", 2: "ring packet", 3: "RNDIS message"}
+_KINDS = {1: "channel message", 2: "ring packet"}
 
 
 class FilterError(ValueError):

@@ -6,23 +6,21 @@ from __future__ import annotations
 
 from scapy.config import conf
 from scapy.fields import ByteEnumField, ByteField, LEIntField
-from scapy.layers.l2 import Ether
 from scapy.packet import Packet, bind_layers
 
-from netvsc.scapy_layers.rndis import RNDIS
 from netvsc.scapy_layers.vmbus import VMBusMessage, VMBusPacket
 
 LINKTYPE_USER0 = 147
 
 
 class VMBusCaptured(Packet):
-    """Direction and kind of what follows; `relid` is the channel of a ring packet or RNDIS message."""
+    """Sender and kind of what follows; `relid` is the channel of a ring packet."""
 
     name = "captured VMBus"
     fields_desc = [
         ByteField("version", 1),
-        ByteEnumField("direction", 0, {0: "guest to host", 1: "host to guest"}),
-        ByteEnumField("kind", 1, {1: "channel message", 2: "ring packet", 3: "RNDIS message"}),
+        ByteEnumField("sender", 0, {0: "guest", 1: "host"}),
+        ByteEnumField("kind", 1, {1: "channel message", 2: "ring packet"}),
         ByteField("reserved", 0),
         LEIntField("relid", 0),
     ]
@@ -30,7 +28,6 @@ class VMBusCaptured(Packet):
 
 bind_layers(VMBusCaptured, VMBusMessage, kind=1)
 bind_layers(VMBusCaptured, VMBusPacket, kind=2)
-bind_layers(VMBusCaptured, RNDIS, kind=3)
 conf.l2types.register(LINKTYPE_USER0, VMBusCaptured)
 
 
@@ -42,8 +39,6 @@ def summary(data: bytes) -> str:
         while layer.payload and layer.payload.name not in ("Raw", "Padding"):
             layer = layer.payload
             names.append(str(layer.name))
-            if isinstance(layer, Ether):
-                return f"{' / '.join(names[:-1])} {layer.summary()}"
         if not names:
             return "nothing known"
         shown = [

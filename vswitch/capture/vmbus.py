@@ -4,7 +4,7 @@ Nothing here knows what the bytes mean. Each record begins with a pseudo header 
 
 | @ | size | field | |---|---|---| | 0 | 1 | version, 1 | | 1 | 1 | direction: 0 guest to host, 1 host to
 guest | | 2 | 1 | kind: 1 channel message (payload of a SynIC message), 2 ring packet (descriptor to
-padding), 3 RNDIS | | 3 | 1 | 0 | | 4 | 4 | relid of the channel that it belongs to, 0 for channel messages
+padding) | | 3 | 1 | 0 | | 4 | 4 | relid of the ring packet's channel, 0 for channel messages
 |
 
 The scapy layers dissect it. In Wireshark, USER0 shows as bytes until a dissector is assigned to it.
@@ -23,7 +23,6 @@ from vswitch.capture import pcapng
 
 KIND_MESSAGE = 1
 KIND_RING_PACKET = 2
-KIND_RNDIS = 3
 QUEUED_RECORDS = 8192
 """Records waiting to be read; more are counted as lost."""
 _PSEUDO_HEADER = struct.Struct("<BBBBI")
@@ -58,10 +57,6 @@ class VmbusCapture:
     def observe_packet(self, direction: VmbusDirection, relid: int, packet: bytes, timestamp_ns: int) -> None:
         """A packet passed through a channel's ring."""
         self._put(direction, KIND_RING_PACKET, relid, packet, timestamp_ns)
-
-    def observe_rndis(self, direction: VmbusDirection, relid: int, message: bytes, timestamp_ns: int) -> None:
-        """An RNDIS message passed, gathered from the buffers that a ring packet referred to."""
-        self._put(direction, KIND_RNDIS, relid, message, timestamp_ns)
 
     def stop(self) -> None:
         """End it; what waits is still delivered, then the statistics."""
