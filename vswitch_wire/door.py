@@ -7,13 +7,30 @@ SCM_RIGHTS; `fds_expected()` says how many a message must carry.
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import IntEnum, IntFlag
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
+from vswitch_wire.door_agent import Configure, Configured, Exec, ExecExit, ExecStarted, Kill, Shutdown
+from vswitch_wire.door_layout import (
+    DOOR_VERSION,
+    HEADER_SIZE,
+    MAX_BODY,
+    MAX_FRAME,
+    MAX_REGIONS,
+    MAX_TEXT,
+    MAX_VPS,
+    MESSAGE_SIZE,
+    SINT_COUNT,
+    ErrorCode,
+    FrameType,
+    HelloFlags,
+    cut_text,
+    exact,
+    text_field,
+    zero,
+)
 from vswitch_wire.errors import WireError
 
 __all__ = [
@@ -60,17 +77,6 @@ __all__ = [
     "pack",
 ]
 
-DOOR_VERSION = 1
-HEADER_SIZE = 16
-MAX_FRAME = 65536
-MAX_BODY = MAX_FRAME - HEADER_SIZE
-MAX_TEXT = 4096  # bytes of UTF-8 in any text field
-MAX_REGIONS = 16
-MAX_VPS = 64
-MAX_STRINGS = 1024  # argv or env entries
-MESSAGE_SIZE = 256  # one SynIC message slot
-SINT_COUNT = 16
-
 _HEADER = struct.Struct("<HHIII")
 _HELLO = struct.Struct("<HHIQIIQ")
 _REGION = struct.Struct("<QQ")
@@ -80,39 +86,6 @@ _RESULT = struct.Struct("<4Q96s")
 _MSR_WRITE = struct.Struct("<IIQ")
 _PAIR = struct.Struct("<II")
 _U32 = struct.Struct("<I")
-
-
-class FrameType(IntEnum):
-    """The `type` word of a frame header."""
-
-    HELLO = 0x01
-    HELLO_ACK = 0x02
-    HYPERCALL = 0x10
-    RESULT = 0x11
-    MSR_WRITE = 0x12
-    MSR_READ = 0x13
-    MSR_RESULT = 0x14
-    PORT_READ = 0x18
-    PORT_WRITE = 0x19
-    MMIO_READ = 0x1A
-    MMIO_WRITE = 0x1B
-    PCI_READ = 0x1C
-    PCI_WRITE = 0x1D
-    INTERCEPT_RESULT = 0x1E
-    DELIVER = 0x20
-    EOM = 0x21
-    EVENTFD = 0x22
-    PARK = 0x30
-    PARKED = 0x31
-    RESUME = 0x32
-    CONFIGURE = 0x40
-    CONFIGURED = 0x41
-    EXEC = 0x42
-    EXEC_STARTED = 0x43
-    EXEC_EXIT = 0x44
-    KILL = 0x45
-    SHUTDOWN = 0x46
-    ERROR = 0x7F
 
 
 # Reserved numbers: a guest that uses one is told UNSUPPORTED rather than MALFORMED.
@@ -150,61 +123,8 @@ HOST_TO_GUEST = frozenset(
 )
 
 
-class HelloFlags(IntFlag):
-    """HELLO flags and HELLO_ACK flags."""
-
-    NONE = 0
-    RESUME = 1
-
-
-class ErrorCode(IntEnum):
-    """The code of an ERROR frame; the sender closes the socket behind it."""
-
-    MALFORMED = 1
-    UNSUPPORTED = 2
-    VERSION = 3
-    STATE = 4
-    RESUME = 5
-    QUOTA = 6
-    GONE = 7
-    INTERNAL = 8
-
-
 class Unsupported(WireError):
     """A well-formed frame whose type this version reserves but does not serve."""
-
-
-def _exact(body: bytes, size: int, name: str) -> None:
-    if len(body) != size:
-        raise WireError(f"{name}: body is {len(body)} bytes, must be {size}")
-
-
-def _zero(value: int, name: str) -> None:
-    if value:
-        raise WireError(f"{name}: reserved word is {value:#x}, must be 0")
-
-
-def _text(data: bytes, name: str) -> str:
-    if len(data) > MAX_TEXT:
-        raise WireError(f"{name}: text is {len(data)} bytes, at most {MAX_TEXT} are allowed")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise WireError(f"{name}: text is not UTF-8 ({error.reason} at byte {error.start})") from None
-
-
-def _cut(text: str) -> bytes:
-    return text.encode("utf-8", "replace")[:MAX_TEXT].decode("utf-8", "ignore").encode("utf-8")
-
-
-def _json_object(body: bytes, name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(body.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise WireError(f"{name}: body is not a JSON document ({error})") from None
-    if not isinstance(value, dict):
-        raise WireError(f"{name}: body is a JSON {type(value).__name__}, must be an object")
-    return value
 
 
 def _sint(vp: int, sint: int, name: str) -> None:
@@ -263,7 +183,7 @@ class Hello:
             raise WireError(f"HELLO: {vp_count} virtual processors, 1..{MAX_VPS} allowed")
         if not 1 <= region_count <= MAX_REGIONS:
             raise WireError(f"HELLO: {region_count} memory regions, 1..{MAX_REGIONS} allowed")
-        _exact(body, _HELLO.size + region_count * _REGION.size, "HELLO")
+        exact(body, _HELLO.size + region_count * _REGION.size, "HELLO")
         regions: list[RegionEntry] = []
         end = 0
         for index in range(region_count):
@@ -290,9 +210,9 @@ class HelloAck:
 
     @classmethod
     def parse(cls, body: bytes) -> HelloAck:
-        _exact(body, _HELLO_ACK.size, "HELLO_ACK")
+        exact(body, _HELLO_ACK.size, "HELLO_ACK")
         version, pad, flags = _HELLO_ACK.unpack(body)
-        _zero(pad, "HELLO_ACK")
+        zero(pad, "HELLO_ACK")
         if flags & ~int(HelloFlags.RESUME):
             raise WireError(f"HELLO_ACK: unknown flags {flags:#x}")
         return cls(version, HelloFlags(flags))
@@ -314,9 +234,9 @@ class Hypercall:
 
     @classmethod
     def parse(cls, body: bytes) -> Hypercall:
-        _exact(body, _REGISTERS.size, "HYPERCALL")
+        exact(body, _REGISTERS.size, "HYPERCALL")
         vp, pad, rcx, rdx, r8, xmm = _REGISTERS.unpack(body)
-        _zero(pad, "HYPERCALL")
+        zero(pad, "HYPERCALL")
         return cls(vp, rcx, rdx, r8, xmm)
 
 
@@ -339,7 +259,7 @@ class HypercallResult:
 
     @classmethod
     def parse(cls, body: bytes) -> HypercallResult:
-        _exact(body, _RESULT.size, "RESULT")
+        exact(body, _RESULT.size, "RESULT")
         return cls(*_RESULT.unpack(body))
 
 
@@ -357,7 +277,7 @@ class MsrWrite:
 
     @classmethod
     def parse(cls, body: bytes) -> MsrWrite:
-        _exact(body, _MSR_WRITE.size, "MSR_WRITE")
+        exact(body, _MSR_WRITE.size, "MSR_WRITE")
         return cls(*_MSR_WRITE.unpack(body))
 
 
@@ -374,7 +294,7 @@ class MsrRead:
 
     @classmethod
     def parse(cls, body: bytes) -> MsrRead:
-        _exact(body, _PAIR.size, "MSR_READ")
+        exact(body, _PAIR.size, "MSR_READ")
         return cls(*_PAIR.unpack(body))
 
 
@@ -391,9 +311,9 @@ class MsrResult:
 
     @classmethod
     def parse(cls, body: bytes) -> MsrResult:
-        _exact(body, _MSR_WRITE.size, "MSR_RESULT")
+        exact(body, _MSR_WRITE.size, "MSR_RESULT")
         status, pad, value = _MSR_WRITE.unpack(body)
-        _zero(pad, "MSR_RESULT")
+        zero(pad, "MSR_RESULT")
         if status > 1:
             raise WireError(f"MSR_RESULT: status {status}, must be 0 or 1")
         return cls(bool(status), value)
@@ -415,7 +335,7 @@ class Deliver:
 
     @classmethod
     def parse(cls, body: bytes) -> Deliver:
-        _exact(body, _PAIR.size + MESSAGE_SIZE, "DELIVER")
+        exact(body, _PAIR.size + MESSAGE_SIZE, "DELIVER")
         vp, sint = _PAIR.unpack_from(body)
         _sint(vp, sint, "DELIVER")
         return cls(vp, sint, body[_PAIR.size :])
@@ -434,7 +354,7 @@ class Eom:
 
     @classmethod
     def parse(cls, body: bytes) -> Eom:
-        _exact(body, _PAIR.size, "EOM")
+        exact(body, _PAIR.size, "EOM")
         vp, sint = _PAIR.unpack(body)
         _sint(vp, sint, "EOM")
         return cls(vp, sint)
@@ -453,7 +373,7 @@ class EventFd:
 
     @classmethod
     def parse(cls, body: bytes) -> EventFd:
-        _exact(body, _PAIR.size, "EVENTFD")
+        exact(body, _PAIR.size, "EVENTFD")
         connection_id, operation = _PAIR.unpack(body)
         if operation > 1:
             raise WireError(f"EVENTFD: operation {operation}, must be 0 (remove) or 1 (add)")
@@ -471,7 +391,7 @@ class Park:
 
     @classmethod
     def parse(cls, body: bytes) -> Park:
-        _exact(body, 0, "PARK")
+        exact(body, 0, "PARK")
         return cls()
 
 
@@ -486,7 +406,7 @@ class Parked:
 
     @classmethod
     def parse(cls, body: bytes) -> Parked:
-        _exact(body, 0, "PARKED")
+        exact(body, 0, "PARKED")
         return cls()
 
 
@@ -501,158 +421,7 @@ class Resume:
 
     @classmethod
     def parse(cls, body: bytes) -> Resume:
-        _exact(body, 0, "RESUME")
-        return cls()
-
-
-@dataclass(frozen=True, slots=True)
-class Configure:
-    """Host name, /etc/hosts and interface addresses for a process partition's agent, as a JSON object."""
-
-    TYPE: ClassVar[FrameType] = FrameType.CONFIGURE
-    document: dict[str, Any]
-
-    def body(self) -> bytes:
-        return json.dumps(self.document, separators=(",", ":")).encode()
-
-    @classmethod
-    def parse(cls, body: bytes) -> Configure:
-        return cls(_json_object(body, "CONFIGURE"))
-
-
-@dataclass(frozen=True, slots=True)
-class Configured:
-    """Answer to CONFIGURE: status 0, or an errno value and a text that names the object and the remedy."""
-
-    TYPE: ClassVar[FrameType] = FrameType.CONFIGURED
-    status: int
-    text: str = ""
-
-    def body(self) -> bytes:
-        return _U32.pack(self.status) + _cut(self.text)
-
-    @classmethod
-    def parse(cls, body: bytes) -> Configured:
-        if len(body) < 4:
-            raise WireError(f"CONFIGURED: body is {len(body)} bytes, at least 4 expected")
-        return cls(_U32.unpack_from(body)[0], _text(body[4:], "CONFIGURED"))
-
-
-@dataclass(frozen=True, slots=True)
-class Exec:
-    """Start a program inside a process partition; its stdin, stdout and stderr ride on the frame."""
-
-    TYPE: ClassVar[FrameType] = FrameType.EXEC
-    argv: tuple[str, ...]
-    env: dict[str, str] = field(default_factory=dict)
-    cwd: str | None = None
-    tty: bool = False
-
-    def body(self) -> bytes:
-        document = {"argv": list(self.argv), "env": self.env, "cwd": self.cwd, "tty": self.tty}
-        return json.dumps(document, separators=(",", ":")).encode()
-
-    @classmethod
-    def parse(cls, body: bytes) -> Exec:
-        document = _json_object(body, "EXEC")
-        unknown = set(document) - {"argv", "env", "cwd", "tty"}
-        if unknown:
-            raise WireError(f"EXEC: unknown key {sorted(unknown)[0]!r}")
-        argv, env = document.get("argv"), document.get("env", {})
-        cwd, tty = document.get("cwd"), document.get("tty", False)
-        if (
-            not isinstance(argv, list)
-            or not 1 <= len(argv) <= MAX_STRINGS
-            or not all(map(_is_c_string, argv))
-        ):
-            raise WireError(f"EXEC: argv must be 1..{MAX_STRINGS} strings without NUL")
-        if (
-            not isinstance(env, dict)
-            or len(env) > MAX_STRINGS
-            or not all(_is_c_string(key) and _is_c_string(value) for key, value in env.items())
-        ):
-            raise WireError(f"EXEC: env must be an object of at most {MAX_STRINGS} strings without NUL")
-        if cwd is not None and not _is_c_string(cwd):
-            raise WireError("EXEC: cwd must be null or a string without NUL")
-        if not isinstance(tty, bool):
-            raise WireError("EXEC: tty must be true or false")
-        return cls(tuple(argv), dict(env), cwd, tty)
-
-
-def _is_c_string(value: object) -> bool:
-    return isinstance(value, str) and "\0" not in value
-
-
-@dataclass(frozen=True, slots=True)
-class ExecStarted:
-    """Answer to EXEC: status 0 and the pid inside the partition, or an errno value and a text."""
-
-    TYPE: ClassVar[FrameType] = FrameType.EXEC_STARTED
-    status: int
-    pid: int = 0
-    text: str = ""
-
-    def body(self) -> bytes:
-        return _PAIR.pack(self.status, self.pid) + _cut(self.text)
-
-    @classmethod
-    def parse(cls, body: bytes) -> ExecStarted:
-        if len(body) < 8:
-            raise WireError(f"EXEC_STARTED: body is {len(body)} bytes, at least 8 expected")
-        status, pid = _PAIR.unpack_from(body)
-        return cls(status, pid, _text(body[8:], "EXEC_STARTED"))
-
-
-@dataclass(frozen=True, slots=True)
-class ExecExit:
-    """The program ended; wait_status is encoded as waitpid(2) gives it."""
-
-    TYPE: ClassVar[FrameType] = FrameType.EXEC_EXIT
-    wait_status: int
-    text: str = ""
-
-    def body(self) -> bytes:
-        return _U32.pack(self.wait_status) + _cut(self.text)
-
-    @classmethod
-    def parse(cls, body: bytes) -> ExecExit:
-        if len(body) < 4:
-            raise WireError(f"EXEC_EXIT: body is {len(body)} bytes, at least 4 expected")
-        return cls(_U32.unpack_from(body)[0], _text(body[4:], "EXEC_EXIT"))
-
-
-@dataclass(frozen=True, slots=True)
-class Kill:
-    """Send a signal to the program that the EXEC with this sequence started."""
-
-    TYPE: ClassVar[FrameType] = FrameType.KILL
-    exec_sequence: int
-    signal: int
-
-    def body(self) -> bytes:
-        return _PAIR.pack(self.exec_sequence, self.signal)
-
-    @classmethod
-    def parse(cls, body: bytes) -> Kill:
-        _exact(body, _PAIR.size, "KILL")
-        exec_sequence, signal = _PAIR.unpack(body)
-        if not 1 <= signal <= 64:
-            raise WireError(f"KILL: signal {signal}, 1..64 exist")
-        return cls(exec_sequence, signal)
-
-
-@dataclass(frozen=True, slots=True)
-class Shutdown:
-    """End the guest: programs get SIGTERM, then SIGKILL, then the guest's process exits."""
-
-    TYPE: ClassVar[FrameType] = FrameType.SHUTDOWN
-
-    def body(self) -> bytes:
-        return b""
-
-    @classmethod
-    def parse(cls, body: bytes) -> Shutdown:
-        _exact(body, 0, "SHUTDOWN")
+        exact(body, 0, "RESUME")
         return cls()
 
 
@@ -665,13 +434,13 @@ class DoorError:
     text: str
 
     def body(self) -> bytes:
-        return _U32.pack(self.code) + _cut(self.text)
+        return _U32.pack(self.code) + cut_text(self.text)
 
     @classmethod
     def parse(cls, body: bytes) -> DoorError:
         if len(body) < 4:
             raise WireError(f"ERROR: body is {len(body)} bytes, at least 4 expected")
-        return cls(_U32.unpack_from(body)[0], _text(body[4:], "ERROR"))
+        return cls(_U32.unpack_from(body)[0], text_field(body[4:], "ERROR"))
 
 
 DoorMessage = (
