@@ -89,7 +89,7 @@ def _native(facts: Facts) -> Finding:
     return Finding(
         "native_module",
         Level.WARNING,
-        f"{facts.native_missing}; the Python engine runs: everything works, about a hundred times slower",
+        f"{facts.native_missing}; the Python engine runs: everything works, several times slower",
         remedy,
     )
 
