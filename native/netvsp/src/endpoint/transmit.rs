@@ -1,0 +1,279 @@
+//! To the guest: a frame, its offloads completed or passed on, into receive-buffer sub-allocations.
+
+use super::*;
+
+/// What follows a message's head.
+enum Body<'a> {
+    /// Private bytes.
+    Bytes(&'a [u8]),
+    /// The frame as it is.
+    Frame(&'a FrameRef<'a>),
+    /// Private headers, then a range of the frame.
+    Split(&'a [u8], &'a FrameRef<'a>, Range<usize>),
+}
+
+impl Body<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Body::Bytes(data) => data.len(),
+            Body::Frame(frame) => frame.len(),
+            Body::Split(headers, _, range) => headers.len() + range.len(),
+        }
+    }
+}
+
+/// How a frame goes to the guest.
+enum Plan {
+    /// As it is, with these receive checksum flags.
+    Whole(u32),
+    /// With its transport checksum completed in a private copy.
+    Completed(Transport),
+    /// Cut into segments, with these flags.
+    Segments(Segmenter, u32),
+    /// One coalesced run of pieces of the private copy, with these flags.
+    Coalesced(Segmenter, u32),
+}
+
+impl Plan {
+    fn messages(&self) -> usize {
+        match self {
+            Plan::Whole(_) | Plan::Completed(_) => 1,
+            Plan::Segments(segmenter, _) | Plan::Coalesced(segmenter, _) => segmenter.count(),
+        }
+    }
+}
+
+impl ChannelEndpoint {
+    fn plan(&mut self, frame: &FrameRef<'_>) -> Result<Plan, DropReason> {
+        let offload = frame.meta.offload;
+        if offload.mss > 0 {
+            return self.plan_large(frame, offload.mss as usize);
+        }
+        if offload.checksum == Checksum::None {
+            return Ok(Plan::Whole(0));
+        }
+        let find = |head: &[u8]| {
+            find_transport(head).filter(|transport| transport.is_tcp_or_udp(head.len()))
+        };
+        let mut transport = find(frame.head);
+        if transport.is_none() && !frame.tail.is_empty() {
+            // Headers longer than the head.
+            self.copy_to_work(frame, frame.len());
+            transport = find(&self.work);
+        }
+        let partial = offload.checksum == Checksum::Partial;
+        let Some(transport) = transport else {
+            return if partial {
+                Err(DropReason::InvalidPacket)
+            } else {
+                Ok(Plan::Whole(0))
+            };
+        };
+        let flags = self.settings.known_good(&transport);
+        if !partial {
+            return Ok(Plan::Whole(flags));
+        }
+        if flags != 0 {
+            self.shared.counters.checksums_passed_on.add(1);
+            return Ok(Plan::Whole(flags | VALUE_INVALID));
+        }
+        self.shared.counters.checksums_completed.add(1);
+        Ok(Plan::Completed(transport))
+    }
+
+    fn plan_large(&mut self, frame: &FrameRef<'_>, mss: usize) -> Result<Plan, DropReason> {
+        let parse = |head: &[u8]| {
+            let transport = find_transport(head)?;
+            Some((
+                transport,
+                Segmenter::new(head, frame.len(), transport, mss)?,
+            ))
+        };
+        let mut parsed = parse(frame.head);
+        if parsed.is_none() && !frame.tail.is_empty() {
+            // Headers longer than the head.
+            self.copy_to_work(frame, frame.len());
+            parsed = parse(&self.work);
+        }
+        let (transport, segmenter) = parsed.ok_or(DropReason::InvalidPacket)?;
+        if segmenter.count() > MAX_RSC_RANGES || segmenter.largest() > self.settings.mtu + 4 {
+            return Err(DropReason::InvalidPacket);
+        }
+        let flags = self.settings.known_good(&transport);
+        if self.settings.coalesces(&transport) && segmenter.count() > 1 {
+            self.shared.counters.large_sends_coalesced.add(1);
+            self.copy_to_work(frame, segmenter.payload_start);
+            transport.make_whole(&mut self.work, frame.len());
+            let flags = if flags == 0 { 0 } else { flags | VALUE_INVALID };
+            return Ok(Plan::Coalesced(segmenter, flags));
+        }
+        self.shared.counters.large_sends_segmented.add(1);
+        self.copy_to_work(frame, frame.len());
+        Ok(Plan::Segments(segmenter, flags))
+    }
+
+    /// Copies the first `length` bytes of the frame to private memory.
+    fn copy_to_work(&mut self, frame: &FrameRef<'_>, length: usize) {
+        self.work.resize(length, 0);
+        let done = frame.copy_prefix(&mut self.work);
+        self.work.truncate(done);
+    }
+
+    pub(super) fn try_transmit(&mut self, frame: &FrameRef<'_>) -> Result<(), DropReason> {
+        if self.lost {
+            return Err(DropReason::VmbusError);
+        }
+        if !self.data || self.receive.is_none() {
+            return Err(DropReason::NotReady);
+        }
+        if let Some(reason) = self.settings.refusal(frame) {
+            return Err(reason);
+        }
+        let plan = self.plan(frame)?;
+        let count = plan.messages();
+        let longest = match &plan {
+            Plan::Whole(_) | Plan::Completed(_) => frame.len(),
+            Plan::Segments(segmenter, _) | Plan::Coalesced(segmenter, _) => segmenter.largest(),
+        };
+        let slot_size = self.receive.as_ref().map_or(0, |receive| receive.size);
+        let coalesced = matches!(plan, Plan::Coalesced(..));
+        let sample = MessageHead::new(
+            frame.meta.vlan_tci,
+            match plan {
+                Plan::Whole(flags) | Plan::Segments(_, flags) | Plan::Coalesced(_, flags) => flags,
+                Plan::Completed(_) => 0,
+            },
+            coalesced.then_some(0),
+            longest,
+        );
+        if sample.bytes().len() + longest > slot_size {
+            return Err(DropReason::MtuMismatch);
+        }
+        let free = self.receive.as_ref().map_or(0, ReceiveBuffer::free_count);
+        if free < count + CONTROL_RESERVE || !self.room_for(count) {
+            return Err(DropReason::Resources);
+        }
+        let limit = if coalesced {
+            MAX_RSC_RANGES
+        } else {
+            MAX_RANGES_PER_PACKET
+        };
+        if coalesced {
+            self.outgoing.make_room(count, limit);
+        }
+        self.write_messages(frame, &plan, limit)?;
+        self.shared.counters.frames_to_guest.add(1);
+        self.shared.counters.bytes_to_guest.add(frame.len() as u64);
+        Ok(())
+    }
+
+    fn write_messages(
+        &mut self,
+        frame: &FrameRef<'_>,
+        plan: &Plan,
+        limit: usize,
+    ) -> Result<(), DropReason> {
+        let vlan = frame.meta.vlan_tci;
+        match plan {
+            Plan::Whole(flags) => {
+                let head = MessageHead::new(vlan, *flags, None, frame.len());
+                self.write_message(&head, Body::Frame(frame), limit)
+            }
+            Plan::Completed(transport) => {
+                self.copy_to_work(frame, frame.len());
+                let mut work = std::mem::take(&mut self.work);
+                transport.complete_checksum(&mut work);
+                let head = MessageHead::new(vlan, 0, None, work.len());
+                let written = self.write_message(&head, Body::Bytes(&work), limit);
+                self.work = work;
+                written
+            }
+            Plan::Segments(segmenter, flags) => {
+                let work = std::mem::take(&mut self.work);
+                let mut piece = std::mem::take(&mut self.piece);
+                let mut written = Ok(());
+                for index in 0..segmenter.count() {
+                    segmenter.build(&work, index, &mut piece);
+                    let head = MessageHead::new(vlan, *flags, None, piece.len());
+                    written = written.and(self.write_message(&head, Body::Bytes(&piece), limit));
+                }
+                self.work = work;
+                self.piece = piece;
+                written
+            }
+            Plan::Coalesced(segmenter, flags) => {
+                let work = std::mem::take(&mut self.work);
+                let count = segmenter.count();
+                let mut written = Ok(());
+                for index in 0..count {
+                    let range = segmenter.payload(index);
+                    let mut mark = RSC_MULTIPLE;
+                    if index == 0 {
+                        mark |= RSC_FIRST;
+                    }
+                    if index + 1 == count {
+                        mark |= RSC_LAST;
+                    }
+                    // The headers come from the private copy, where they were made true for the whole.
+                    let headers = if index == 0 { work.as_slice() } else { &[] };
+                    let length = headers.len() + range.len();
+                    let head = MessageHead::new(vlan, *flags, Some(mark), length);
+                    let body = Body::Split(headers, frame, range);
+                    written = written.and(self.write_message(&head, body, limit));
+                }
+                self.work = work;
+                written
+            }
+        }
+    }
+
+    fn write_message(
+        &mut self,
+        head: &MessageHead,
+        body: Body<'_>,
+        limit: usize,
+    ) -> Result<(), DropReason> {
+        let Some(receive) = self.receive.as_mut() else {
+            return Err(DropReason::NotReady);
+        };
+        let Some(slot) = receive.take(false) else {
+            return Err(DropReason::Resources);
+        };
+        let header = head.bytes();
+        let at = header.len();
+        let written = receive.write(slot, 0, header).and_then(|()| match &body {
+            Body::Bytes(data) => receive.write(slot, at, data),
+            Body::Frame(frame) => receive.write_frame(slot, at, frame, 0, frame.len()),
+            Body::Split(headers, frame, range) => receive.write(slot, at, headers).and_then(|()| {
+                let at = at + headers.len();
+                receive.write_frame(slot, at, frame, range.start, range.len())
+            }),
+        });
+        if written.is_err() {
+            receive.put_back(slot);
+            return Err(DropReason::VmbusError);
+        }
+        let range = TransferRange {
+            byte_count: (header.len() + body.len()) as u32,
+            byte_offset: (slot as usize * receive.size) as u32,
+        };
+        self.outgoing.make_room(1, limit);
+        self.outgoing.add(slot, range);
+        Ok(())
+    }
+
+    /// Whether the ring will surely take all that is pending and `count` more ranges, even if they start packets anew.
+    fn room_for(&mut self, count: usize) -> bool {
+        let ranges = self.outgoing.ranges.len() + count;
+        let packets = self.outgoing.ends.len() + 1 + count / MAX_RANGES_PER_PACKET;
+        let needed =
+            packets * (24 + PADDED + 8) + 8 * ranges + COMPLETION_BYTES * self.completions.len();
+        match self.writer.free() {
+            Ok(free) => free as usize > needed,
+            Err(error) => {
+                self.lose(error);
+                false
+            }
+        }
+    }
+}
