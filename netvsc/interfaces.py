@@ -20,7 +20,7 @@ from netvsc.link import InterfaceConfig, Link, format_mac
 
 __all__ = ["Interface", "Interfaces"]
 
-FORGET_AFTER = 10.0
+FORGET_AFTER = 5.0
 DEFAULT_MTU = 1500
 
 _log = logging.getLogger("netvsc.interfaces")

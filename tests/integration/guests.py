@@ -41,6 +41,7 @@ class Guest:
     keeper: asyncio.subprocess.Process
     log: Path
     python: str
+    offer: Any
 
     @property
     def agent_pid(self) -> int:
@@ -158,7 +159,7 @@ class World:
             mtu=mtu,
             engine=self.engine,
         )
-        await partition.vmbus.offer(nic)
+        offer = await partition.vmbus.offer(nic)
         door = partition.listen()
         log = self.directory / f"{name}.log"
         command = [
@@ -179,7 +180,7 @@ class World:
                 cwd="/",
             )
         os.close(door)
-        guest = Guest(name, mac, address, partition, nic, port, keeper, log, self.python)
+        guest = Guest(name, mac, address, partition, nic, port, keeper, log, self.python, offer)
         self.guests[name] = guest
         try:
             await partition.attach()

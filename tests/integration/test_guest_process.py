@@ -198,6 +198,22 @@ async def test_a_lost_door_takes_the_carrier_alone_and_a_resumed_one_brings_traf
         assert b.log.read_text() == ""
 
 
+async def test_a_nic_taken_out_takes_its_interface_along_and_one_put_in_brings_its_own(
+    tmp_path: Path,
+) -> None:
+    async with world("python", tmp_path) as lab:
+        a, b = await lab.add("a"), await lab.add("b")
+        await a.partition.vmbus.rescind(a.offer)
+        for _ in range(100):
+            if "eth0" not in await a.run("ls", "/sys/class/net"):
+                break
+            await asyncio.sleep(0.1)
+        assert await a.run("ls", "/sys/class/net") == "lo\n"
+        await a.partition.vmbus.offer(a.nic)
+        await lab.configure(a)
+        assert (await b.probe("ping", a.address, "--count", "5", "--interval", "0.05"))["lost"] == 0
+
+
 async def test_without_a_daemon_the_guest_ends_after_its_grace_period(tmp_path: Path) -> None:
     async with world("python", tmp_path) as lab:
         guest = await lab.add("a", "--grace", "0.5")

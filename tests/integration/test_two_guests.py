@@ -86,6 +86,15 @@ async def test_where_there_is_no_tap_a_veth_pair_carries_the_same(tmp_path: Path
         await transfer(b, a, 8 << 20)
 
 
+@pytest.mark.parametrize(("host", "guest"), ENGINES)
+async def test_large_sends_cross_the_switch_uncut(host: Engine, guest: Engine, tmp_path: Path) -> None:
+    async with world(host, tmp_path) as lab:
+        a, b = await lab.add("a", engine=guest), await lab.add("b", engine=guest)
+        await transfer(a, b, 16 << 20)
+        packets = int(await b.run("cat", "/sys/class/net/eth0/statistics/rx_packets"))
+        assert packets < (16 << 20) / (2 * 1448), f"{packets} frames for 16 MiB: segments, not large sends"
+
+
 @needs_native
 async def test_the_native_data_path_carries_a_veth_pair_too(tmp_path: Path) -> None:
     async with world("python", tmp_path) as lab:
