@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scapy.layers.inet import IP, TCP
@@ -16,6 +20,7 @@ from upcalls import RecordingStack, alive, status_of, until
 from vswitch.extension.host import ExtensionHost
 from vswitch_confine import probe
 
+NOBODY = 65534
 ROOT = str(Path(__file__).resolve().parents[4])
 FRAME = bytes(Ether() / IP() / TCP())
 ATTEMPT = """
@@ -175,3 +180,92 @@ async def test_the_process_ends_when_the_daemon_is_killed(tmp_path: Path) -> Non
     )
     output, _ = await child.communicate()
     await until(lambda: not alive(int(output)))
+
+
+AS_DAEMON = """
+import asyncio, json, os, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+{before}
+from upcalls import RecordingStack, request_for, status_of
+from vswitch.extension.host import ExtensionHost
+
+async def main():
+    stack = RecordingStack()
+    host = ExtensionHost(stack)
+    info = await host.load("attempt", {source!r}, "attempt.py")
+    reply = await stack.asker().ask({frame!r})
+    status = status_of(info.pid)
+    report = dict(
+        uid=status["Uid"].split()[0],
+        seccomp=status["Seccomp"].strip(),
+        no_new_privs=status["NoNewPrivs"].strip(),
+        capabilities=status["CapEff"].strip(),
+        answer=reply.reason,
+        layers=info.layers,
+        missing=info.missing,
+    )
+    await host.close()
+    print(json.dumps(report))
+
+asyncio.run(main())
+"""
+NO_NAMESPACES = """
+from vswitch_confine import namespaces
+namespaces.unshare(pid=False, net=False)
+open("/proc/sys/user/max_user_namespaces", "w").write("0")
+"""
+
+
+def readable_python() -> str:
+    """An interpreter of this version that every user can run."""
+    own = Path(sys.executable).resolve()
+    if all(parent.stat().st_mode & 0o001 for parent in own.parents):
+        return sys.executable
+    found = shutil.which(f"python{sys.version_info[0]}.{sys.version_info[1]}", path="/usr/bin:/usr/local/bin")
+    assert found is not None, f"{own} is private to root, and /usr/bin has no Python of its version"
+    return found
+
+
+def in_a_daemon(code: str, *, before: str = "", ordinary_user: bool = False) -> dict[str, Any]:
+    """What becomes of an extension that runs `code`, in a daemon of its own process."""
+    source = ATTEMPT.format(code=code).encode()
+    script = AS_DAEMON.format(
+        tests=str(Path(__file__).parent), root=ROOT, before=before, source=source, frame=FRAME
+    )
+    command = [sys.executable, "-c", script]
+    if ordinary_user and os.geteuid() == 0:
+        nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all"]
+        command = [*nobody, readable_python(), "-B", "-c", script]
+    done = subprocess.run(command, capture_output=True, timeout=50, check=False, cwd="/")
+    assert done.returncode == 0, done.stderr.decode()
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def test_the_extensions_of_an_ordinary_user_are_confined_alike() -> None:
+    report = in_a_daemon("open('/etc/passwd')", ordinary_user=True)
+    assert report["uid"] == str(NOBODY if os.geteuid() == 0 else os.geteuid())
+    assert (report["seccomp"], report["no_new_privs"], report["capabilities"]) == ("2", "1", "0" * 16)
+    assert "PermissionError: [Errno 13]" in report["answer"]
+    assert "seccomp" in report["layers"]
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("import socket; socket.socket()", "PermissionError: [Errno 1]"),
+        ("open('/etc/passwd')", "PermissionError: [Errno 13]"),
+        ("import os; os.kill(os.getppid(), 9)", "PermissionError: [Errno 1]"),
+        ("import os; os.fork()", "PermissionError: [Errno 1]"),
+    ],
+)
+def test_where_namespaces_are_forbidden_the_other_layers_hold_and_the_lack_is_told(
+    code: str, error: str
+) -> None:
+    report = in_a_daemon(code, before=NO_NAMESPACES)
+    assert error in report["answer"]
+    assert (report["seccomp"], report["no_new_privs"], report["capabilities"]) == ("2", "1", "0" * 16)
+    (missing,) = report["missing"]
+    assert "namespaces: the kernel refused it" in missing
+    assert "sysctl -w user.max_user_namespaces=15000" in missing
+    assert "namespaces" not in report["layers"]
