@@ -75,9 +75,10 @@ impl Cast {
     /// By the destination address at the start of `head`; a frame without one counts as unicast.
     pub fn of(head: &[u8]) -> Cast {
         match head.get(..6) {
-            Some([0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF]) => Cast::Broadcast,
-            Some(address) if address[0] & 1 != 0 => Cast::Multicast,
-            _ => Cast::Unicast,
+            Some(address) if address[0] & 1 == 0 => Cast::Unicast,
+            Some(address) if address.iter().all(|&byte| byte == 0xFF) => Cast::Broadcast,
+            Some(_) => Cast::Multicast,
+            None => Cast::Unicast,
         }
     }
 }

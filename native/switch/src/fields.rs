@@ -2,6 +2,8 @@
 //!
 //! Same numbers as `vswitch/fields.py`, which says what they mean.
 
+use std::hash::{Hash, Hasher};
+
 pub const IN_PORT: u64 = 1 << 0;
 pub const ETH_DST: u64 = 1 << 1;
 pub const ETH_SRC: u64 = 1 << 2;
@@ -68,8 +70,28 @@ const LAYOUT: [(usize, u32, u32); COUNT] = [
 ];
 
 /// The values of all fields, packed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Key(pub [u64; WORDS]);
+
+impl PartialEq for Key {
+    #[inline]
+    fn eq(&self, other: &Key) -> bool {
+        self.0
+            .iter()
+            .zip(other.0)
+            .fold(0, |differs, (a, b)| differs | (a ^ b))
+            == 0
+    }
+}
+
+impl Eq for Key {}
+
+impl Hash for Key {
+    #[inline]
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        u64::hash_slice(&self.0, state);
+    }
+}
 
 impl Key {
     /// Sets the field with bit `field` (one bit) to `value`, which must fit; bits beyond its width are cut off.

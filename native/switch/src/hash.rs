@@ -32,6 +32,7 @@ pub struct FastHasher {
 }
 
 impl FastHasher {
+    #[inline]
     fn fold(&mut self, word: u64) {
         let product = u128::from(self.state ^ word)
             .wrapping_mul(u128::from(self.seed ^ 0x9E37_79B9_7F4A_7C15));
@@ -40,18 +41,35 @@ impl FastHasher {
 }
 
 impl Hasher for FastHasher {
+    /// Folds pairs of words independently of each other, so that their multiplications overlap.
+    #[inline]
     fn write(&mut self, bytes: &[u8]) {
-        for chunk in bytes.chunks(8) {
+        let word = |at: usize| {
             let mut word = [0; 8];
-            word[..chunk.len()].copy_from_slice(chunk);
-            self.fold(u64::from_le_bytes(word));
+            let rest = bytes.get(at..).unwrap_or_default();
+            let count = rest.len().min(8);
+            word[..count].copy_from_slice(&rest[..count]);
+            u64::from_le_bytes(word)
+        };
+        let mut sum = 0u64;
+        let mut key = self.seed;
+        let mut at = 0;
+        while at < bytes.len() {
+            key = key.rotate_left(23).wrapping_add(0x9E37_79B9_7F4A_7C15);
+            let product =
+                u128::from(word(at) ^ key) * u128::from(word(at + 8) ^ key.rotate_left(32));
+            sum = sum.rotate_left(17) ^ (product as u64) ^ (product >> 64) as u64;
+            at += 16;
         }
+        self.fold(sum);
     }
 
+    #[inline]
     fn write_u32(&mut self, value: u32) {
         self.fold(u64::from(value));
     }
 
+    #[inline]
     fn write_u64(&mut self, value: u64) {
         self.fold(value);
     }
@@ -60,6 +78,7 @@ impl Hasher for FastHasher {
         self.fold(value as u64);
     }
 
+    #[inline]
     fn finish(&self) -> u64 {
         let product = u128::from(self.state).wrapping_mul(0xD6E8_FEB8_6659_FD93);
         (product as u64) ^ (product >> 64) as u64
