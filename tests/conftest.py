@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,11 +111,3 @@ def daemon_factory() -> Iterator[StartDaemon]:
 def daemon(daemon_factory: StartDaemon) -> RunningDaemon:
     """A private daemon with the default engine."""
     return daemon_factory()
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Waits until `condition` holds; AssertionError when it does not in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.02)

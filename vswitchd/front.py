@@ -13,6 +13,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import select
 import socket
 import struct
 from collections import Counter
@@ -26,6 +28,8 @@ log = logging.getLogger("vswitchd.access")
 
 MAX_CONNECTIONS = 512
 MAX_FOREIGN = 16
+# asm-generic/socket.h, Linux 6.5.
+SO_PEERPIDFD = 77
 # struct ucred of SO_PEERCRED, unix(7): pid, uid, gid.
 UCRED = struct.Struct("=iII")
 
@@ -34,6 +38,26 @@ def peer_credentials(connection: socket.socket) -> tuple[int, int, int]:
     """(pid, uid, gid) of the process that connected, as the kernel saw it then."""
     pid, uid, gid = UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
     return pid, uid, gid
+
+
+def in_our_user_namespace(connection: socket.socket, pid: int) -> bool:
+    """Whether the peer lives where this daemon does. Guests and extensions do not, in spite of their uid."""
+    try:
+        theirs = os.stat(f"/proc/{pid}/ns/user").st_ino
+        pidfd = connection.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+    except FileNotFoundError:
+        return False  # It has ended, or its pid namespace is not ours.
+    except PermissionError:
+        return False  # Of our uid and yet closed to us: confined.
+    except OSError:
+        pidfd = -1  # Before Linux 6.5 the pid has to do.
+    if pidfd >= 0:
+        # It still lives, so the pid was its own when we looked.
+        ended, _, _ = select.select([pidfd], [], [], 0)
+        os.close(pidfd)
+        if ended:
+            return False
+    return theirs == os.stat("/proc/self/ns/user").st_ino
 
 
 class Front:
@@ -82,6 +106,9 @@ class Front:
             connection.close()
             return
         role = self._policy.role_of(uid)
+        if uid == self._policy.owner and not in_our_user_namespace(connection, pid):
+            log.warning("refused_namespace", extra={"uid": uid, "pid": pid})
+            role = Role.NONE
         limit = MAX_CONNECTIONS if role is Role.ADMIN else MAX_FOREIGN
         if self._users.total() >= MAX_CONNECTIONS or self._users[uid] >= limit:
             log.warning("too_many_connections", extra={"uid": uid, "pid": pid, "limit": limit})

@@ -143,6 +143,21 @@ def test_no_other_user_can_reach_the_sockets_behind_the_front(
     assert {outcome[0] for outcome in seen.values()} == {"UNAVAILABLE"}  # type: ignore[index]
 
 
+def test_a_guest_cannot_use_the_api_though_it_runs_under_the_daemons_uid(
+    daemon_factory: StartDaemon, open_socket: Path
+) -> None:
+    daemon = daemon_factory(options=["--socket", str(open_socket)])
+    daemon.client.create_switch("s0")
+    daemon.client.create_partition("a")
+    daemon.client.start_partition("a")
+    command = [sys.executable, "-P", "-c", ATTEMPT, str(open_socket)]
+    done = daemon.client.run_in("a", command, env={"PYTHONPATH": str(ROOT)}, timeout=60)
+    assert done.status == 0, done.stderr
+    outcomes = json.loads(done.stdout)
+    assert {outcome[0] for outcome in outcomes.values()} == {"PERMISSION_DENIED"}, outcomes
+    assert [switch.name for switch in daemon.client.list_switches()] == ["switches/s0"]
+
+
 def test_everything_that_the_daemon_writes_is_private(daemon: RunningDaemon) -> None:
     daemon.client.create_switch("s0")
     for path in [daemon.run_dir, *daemon.run_dir.rglob("*")]:

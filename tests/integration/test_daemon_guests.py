@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+from waiting import eventually
 
 import vswitch_native
-from tests.conftest import eventually
 from vswitch_api.v1 import nic_pb2, partition_pb2
 from vswitchctl import capture_file
 from vswitchctl.aio import AsyncClient

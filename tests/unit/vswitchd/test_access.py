@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -80,6 +82,25 @@ def test_peer_credentials_are_the_kernels() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX)
     with ours, theirs:
         assert front.peer_credentials(ours) == (os.getpid(), os.geteuid(), os.getegid())
+
+
+def test_a_peer_in_another_user_namespace_is_not_one_of_us() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(f"{directory}/s")
+        listener.listen()
+        connect = (
+            f"import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect('{directory}/s'); s.recv(1)"
+        )
+        for prefix, ours in (([], True), (["unshare", "--user", "--map-root-user"], False)):
+            peer = subprocess.Popen([*prefix, sys.executable, "-c", connect])
+            connection, _ = listener.accept()
+            pid, uid, _ = front.peer_credentials(connection)
+            assert uid == os.geteuid()
+            assert front.in_our_user_namespace(connection, pid) is ours
+            connection.close()
+            peer.wait(10)
+        listener.close()
 
 
 async def echo_server(path: Path, word: bytes) -> asyncio.Server:
