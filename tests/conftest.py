@@ -17,7 +17,7 @@ import pytest
 
 from vswitchctl.client import Client
 from vswitchctl.errors import VswitchError
-from vswitchctl.launch import ROOT, DaemonProcess, start_daemon
+from vswitchctl.launch import DaemonProcess, daemon_environment, start_daemon
 
 
 @dataclass
@@ -43,10 +43,9 @@ class RunningDaemon:
         """Runs `vswitch ARGUMENTS` against this daemon; output is captured, the status is not checked."""
         command = [sys.executable, "-P", "-m", "vswitchctl.main", *arguments]
         environment = {
-            **os.environ,
+            **daemon_environment(),
             "VSWITCH_RUN_DIR": str(self.run_dir),
             "VSWITCH_SOCKET": str(self.socket),
-            "PYTHONPATH": str(ROOT),
         }
         return subprocess.run(  # type: ignore[call-overload,no-any-return]
             command, env=environment, capture_output=True, text=True, timeout=50, **kwargs

@@ -48,7 +48,7 @@ def from_rpc_error(error: grpc.RpcError, target: str) -> VswitchError:
         if code == grpc.StatusCode.UNAVAILABLE:
             return DaemonUnavailable(
                 code,
-                f"no vswitch daemon answers at {target}",
+                f"no vswitch daemon answers at {target}{_unusual(message)}",
                 reason="DAEMON_UNAVAILABLE",
                 remedy="start one with `vswitch daemon start`, or name its directory with VSWITCH_RUN_DIR",
             )
@@ -61,6 +61,12 @@ def from_rpc_error(error: grpc.RpcError, target: str) -> VswitchError:
     for detail in status.details:
         _unpack(detail, result)
     return result
+
+
+def _unusual(message: str) -> str:
+    """Why a connection failed, unless there simply is nobody."""
+    cause = message.rpartition("last error: ")[2]
+    return "" if "No such file" in cause or "Connection refused" in cause else f" ({cause})"
 
 
 def _unpack(detail: AnyMessage, result: VswitchError) -> None:

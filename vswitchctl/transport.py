@@ -17,7 +17,6 @@ CallObserver = Callable[[str, Message], None]
 # A daemon that has been started again must be found at once, not after the channel's minutes of back-off.
 CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.enable_http_proxy", 0),
     # A channel of its own back-off, not that of an earlier one to a daemon that was not there yet.

@@ -61,11 +61,13 @@ def command(spec: GuestSpec) -> list[str]:
 
 def environment(door_fd: int) -> dict[str, str]:
     """All that a guest inherits: nothing of the caller's but where programs and modules are."""
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    search = [str(ROOT), *(entry for entry in inherited if entry.startswith("/"))]
     return {
         "PATH": os.environ.get("PATH", PATH),
         "HOME": os.environ.get("HOME", "/"),
         "LANG": "C.UTF-8",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(search)),
         DOOR_VARIABLE: str(door_fd),
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vswitchctl import capture_file
-from vswitchctl.launch import ROOT
+from vswitchctl.launch import ROOT, daemon_environment
 
 if TYPE_CHECKING:
     from tests.conftest import RunningDaemon
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.timeout(120)
 def run(daemon: RunningDaemon, example: str, cwd: Path) -> str:
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "api" / example)],
-        env={**os.environ, "VSWITCH_RUN_DIR": str(daemon.run_dir), "PYTHONPATH": str(ROOT)},
+        env={**daemon_environment(), "VSWITCH_RUN_DIR": str(daemon.run_dir)},
         cwd=cwd,
         capture_output=True,
         text=True,

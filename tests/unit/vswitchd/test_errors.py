@@ -41,7 +41,7 @@ def test_a_precondition_arrives_with_reason_and_remedy() -> None:
 
 def test_no_daemon_is_an_error_of_its_own_that_says_how_to_start_one() -> None:
     failed = grpc.aio.AioRpcError(
-        grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "connect failed"
+        grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "error: Connection refused"
     )
     arrived = from_rpc_error(failed, "/run/api.sock")
     assert str(arrived) == "no vswitch daemon answers at /run/api.sock"
