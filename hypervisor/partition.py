@@ -24,6 +24,7 @@ from hypervisor.door import DoorLink
 from hypervisor.hypercalls import HypercallFailure, dispatch
 from hypervisor.quotas import Quotas
 from hypervisor.regions import RegionIdentity
+from hypervisor.socket_path import ShortPath
 from hypervisor.synic import GeneralProtection, Synic
 from hypervisor.vmbus.server import VmbusServer
 from vswitch_wire import door, hypercall
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("hypervisor.partition")
 
 SAVE_VERSION = 1
-_MAX_SOCKET_PATH = 100
 
 
 class PartitionError(RuntimeError):
@@ -168,7 +168,7 @@ class Partition:
         self.door_path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
-            with _short_path(self.door_path) as path:
+            with ShortPath(self.door_path) as path:
                 listener.bind(path)
             listener.listen(4)
         except BaseException:
@@ -181,7 +181,7 @@ class Partition:
             socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
         )
         try:
-            with _short_path(self.door_path) as path:
+            with ShortPath(self.door_path) as path:
                 sock.connect(path)
         except FileNotFoundError:
             sock.close()
@@ -576,26 +576,6 @@ class Partition:
             "synic": self.synic.save(),
             "vmbus": self.vmbus.save(),
         }
-
-
-class _short_path:
-    """A path of at most 107 bytes for AF_UNIX, through the directory's descriptor where the real one is
-    longer.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._directory = -1
-
-    def __enter__(self) -> str:
-        if len(os.fsencode(self._path)) <= _MAX_SOCKET_PATH:
-            return str(self._path)
-        self._directory = os.open(self._path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        return f"/proc/self/fd/{self._directory}/{self._path.name}"
-
-    def __exit__(self, *_: object) -> None:
-        if self._directory >= 0:
-            os.close(self._directory)
 
 
 def _close_all(fds: Sequence[int]) -> None:

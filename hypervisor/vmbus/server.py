@@ -13,9 +13,8 @@ import asyncio
 import contextlib
 import functools
 import logging
-import os
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -24,8 +23,9 @@ from hypervisor.clock import Clock
 from hypervisor.quotas import Quotas
 from hypervisor.synic import Synic
 from hypervisor.vmbus.channel import CONNECTION_ID_BASE, Channel, ChannelState
-from hypervisor.vmbus.device import ChannelRefused, OpenedChannel, VmbusDevice
+from hypervisor.vmbus.device import OpenedChannel, VmbusDevice
 from hypervisor.vmbus.gpadls import GpadlTable
+from hypervisor.vmbus.lifecycle import ChannelLifecycle
 from hypervisor.vmbus.negotiation import (
     MESSAGE_CONNECTION_ID,
     NEWEST_VERSION,
@@ -88,10 +88,9 @@ class VmbusServer:
         self._synic = synic
         self._quotas = quotas
         self._clock = clock
-        self._send_eventfd = send_eventfd
         self._changed = changed
         self._oldest, self._newest = oldest, newest
-        self._vp, self._sint = 0, vmbus.VMBUS_MESSAGE_SINT
+        self._vp, self.sint = 0, vmbus.VMBUS_MESSAGE_SINT
         self._channels: dict[int, Channel] = {}
         self._relids: dict[tuple[UUID, UUID, int], int] = {}
         self._queue: deque[bytes] = deque()
@@ -99,8 +98,13 @@ class VmbusServer:
         self._pumping = False
         self._attached = False
         self._loop = asyncio.get_running_loop()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._lifecycle = ChannelLifecycle(self, synic, send_eventfd)
         synic.on_room = self._pump
+
+    @property
+    def resetting(self) -> bool:
+        """Whether a new contact or an unload is closing everything: nothing is answered meanwhile."""
+        return self._resetting is not None
 
     # --- the host's requests ---
 
@@ -150,7 +154,7 @@ class VmbusServer:
         if connection_id not in known:
             return HvStatus.INVALID_CONNECTION_ID
         if message_type != HVMSG_VMBUS:
-            self._error(f"message type {message_type:#x} on a VMBus connection")
+            self.error(f"message type {message_type:#x} on a VMBus connection")
             return HvStatus.SUCCESS
         if len(self._queue) >= self._quotas.port_messages:
             return HvStatus.INSUFFICIENT_BUFFERS
@@ -176,7 +180,7 @@ class VmbusServer:
             if channel.offered:
                 channel.revoked = True
                 channel.withheld = ""
-                self._send(vmbus.RescindChannelOffer(channel.relid))
+                self.send(vmbus.RescindChannelOffer(channel.relid))
         self._pump()
 
     async def detached(self) -> None:
@@ -227,9 +231,10 @@ class VmbusServer:
                     raise WireError(f"{type(message).__name__} is not a message for the host, or not served")
                 handler(self, message)
         except WireError as error:
-            self._error(str(error))
+            self.error(str(error))
 
-    def _error(self, text: str) -> None:
+    def error(self, text: str) -> None:
+        """Count a message that is malformed or misplaced, or a fault."""
         self.protocol_errors += 1
         self.last_error = text
         _log.debug("partition %s: %s", self.name, text)
@@ -240,22 +245,24 @@ class VmbusServer:
             for observer in self.tap:
                 observer(direction, payload, now)
 
-    def _send(self, message: vmbus.ChannelMessage) -> None:
+    def send(self, message: vmbus.ChannelMessage) -> None:
+        """Queue a channel message to the guest; dropped while there is none."""
         if not self._attached:
             return
         payload = message.pack()
         self._observe("out", payload)
-        self._synic.post(self._vp, self._sint, Message(HVMSG_VMBUS, payload))
+        self._synic.post(self._vp, self.sint, Message(HVMSG_VMBUS, payload))
 
-    def _send_all(self, messages: Iterable[vmbus.ChannelMessage | None]) -> None:
+    def send_all(self, messages: Iterable[vmbus.ChannelMessage | None]) -> None:
+        """Send those that are not None."""
         for message in messages:
             if message is not None:
-                self._send(message)
+                self.send(message)
 
     # --- the connection ---
 
     def _reset(self, then: Callable[[], None]) -> None:
-        self._resetting = self._spawn(self._do_reset(then))
+        self._resetting = self._lifecycle.spawn(self._do_reset(then))
 
     async def _do_reset(self, then: Callable[[], None]) -> None:
         try:
@@ -278,13 +285,13 @@ class VmbusServer:
 
     def _contact(self, message: vmbus.InitiateContact) -> None:
         answer = negotiate(message, len(self._synic.processors), self._oldest, self._newest)
-        self._vp, self._sint = answer.vp, answer.sint
+        self._vp, self.sint = answer.vp, answer.sint
         self.connection = answer.connection
         self._changed()
-        self._send(answer.response)
+        self.send(answer.response)
 
     def _unloaded(self) -> None:
-        self._send(vmbus.UnloadResponse())
+        self.send(vmbus.UnloadResponse())
 
     def _on_request_offers(self, message: vmbus.RequestOffers) -> None:
         if self.offers_requested:
@@ -293,7 +300,7 @@ class VmbusServer:
         for channel in sorted(self._channels.values(), key=lambda entry: _offer_order(entry)):
             if channel.device is not None and not channel.offered and not channel.revoking:
                 self._offer_channel(channel)
-        self._send(vmbus.AllOffersDelivered())
+        self.send(vmbus.AllOffersDelivered())
         self._changed()
 
     # --- channels ---
@@ -318,7 +325,7 @@ class VmbusServer:
     def _offer_channel(self, channel: Channel) -> None:
         channel.offered = True
         self._changed()
-        self._send(channel.offer_message())
+        self.send(channel.offer_message())
 
     def _guests(self, relid: int, what: str) -> Channel:
         channel = self._channels.get(relid)
@@ -333,64 +340,9 @@ class VmbusServer:
         if channel.state is ChannelState.CLOSING:
             channel.reopen = message
         elif channel.state is ChannelState.CLOSED and not channel.revoking:
-            self._start_open(channel, message)
+            self._lifecycle.start_open(channel, message)
         else:
             raise WireError(f"OPENCHANNEL: channel {channel.relid} is {channel.state.value}")
-
-    def _start_open(self, channel: Channel, message: vmbus.OpenChannel) -> None:
-        assert channel.device is not None
-        try:
-            vp: int | None = message.target_vp
-            if vp == vmbus.TARGET_VP_DISABLED:
-                vp = None
-            elif message.target_vp >= len(self._synic.processors):
-                raise WireError(f"OPENCHANNEL: virtual processor {message.target_vp} does not exist")
-            pfns = self.gpadls.ring(channel.relid, message.ring_gpadl, message.downstream_page_offset)
-        except WireError as error:
-            self._error(str(error))
-            self._send(vmbus.OpenChannelResult(message.relid, message.open_id, vmbus.STATUS_UNSUCCESSFUL))
-            return
-        channel.interrupt = self._synic.bind(channel.relid, self._sint, vp)
-        channel.opened = opened = OpenedChannel(
-            relid=channel.relid,
-            open_id=message.open_id,
-            sub_channel_index=channel.sub_channel_index,
-            memory=self._synic.memory,
-            ring_pfns=pfns,
-            downstream_page_offset=message.downstream_page_offset,
-            doorbell_fd=os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC),
-            interrupt=channel.interrupt.interrupt,
-            user_data=message.user_data,
-            gpadl=functools.partial(self.gpadls.use, channel.relid),
-            release_gpadl=functools.partial(self._release_gpadl, channel.relid),
-            report_fault=lambda text: self._report_fault(channel, opened, text),
-            offer_sub_channels=functools.partial(self._offer_sub_channels, channel),
-        )
-        channel.state = ChannelState.OPENING
-        self._run(channel, self._open(channel, opened))
-
-    async def _open(self, channel: Channel, opened: OpenedChannel) -> None:
-        device = channel.device
-        assert device is not None
-        status = vmbus.STATUS_SUCCESS
-        self._send_eventfd(channel.connection_id, opened.doorbell_fd)
-        try:
-            await device.open(opened)
-        except ChannelRefused as refused:
-            status = refused.status
-            self._error(f"channel {channel.relid}: {refused}")
-        except WireError as error:
-            status = vmbus.STATUS_UNSUCCESSFUL
-            self._error(f"channel {channel.relid}: {error}")
-        except Exception:
-            status = vmbus.STATUS_UNSUCCESSFUL
-            _log.exception("partition %s: device of channel %d failed to open", self.name, channel.relid)
-        if status != vmbus.STATUS_SUCCESS:
-            self._let_go(channel)
-        else:
-            channel.state = ChannelState.OPEN
-        if not channel.revoking and self._resetting is None:
-            self._send(vmbus.OpenChannelResult(channel.relid, opened.open_id, status))
 
     def _on_close(self, message: vmbus.CloseChannel) -> None:
         channel = self._guests(message.relid, "CLOSECHANNEL")
@@ -399,69 +351,12 @@ class VmbusServer:
         if channel.state is not ChannelState.OPEN:
             raise WireError(f"CLOSECHANNEL: channel {channel.relid} is {channel.state.value}")
         channel.state = ChannelState.CLOSING
-        self._run(channel, self._close_for_guest(channel))
-
-    async def _close_for_guest(self, channel: Channel) -> None:
-        await self._close_device(channel)
-        if not channel.sub_channel_index:
-            await self._revoke_sub_channels(channel)
-        reopen, channel.reopen = channel.reopen, None
-        if reopen is not None and not channel.revoking and self._resetting is None:
-            # This task is the channel's current one: the next may start when it has ended.
-            self._loop.call_soon(self._reopen, channel, reopen)
-
-    def _reopen(self, channel: Channel, message: vmbus.OpenChannel) -> None:
-        if (
-            channel.state is ChannelState.CLOSED
-            and not (channel.revoking or channel.revoked)
-            and channel.offered
-        ):
-            self._start_open(channel, message)
-
-    async def _close_device(self, channel: Channel) -> None:
-        channel.state = ChannelState.CLOSING
-        assert channel.device is not None
-        assert channel.opened is not None
-        try:
-            await channel.device.close(channel.opened)
-        except Exception:
-            _log.exception("partition %s: device of channel %d failed to close", self.name, channel.relid)
-        self._let_go(channel)
-
-    def _let_go(self, channel: Channel) -> None:
-        channel.drop_resources()
-        channel.state = ChannelState.CLOSED
-        self._send_eventfd(channel.connection_id, None)
-        self._send_all(self.gpadls.release_channel(channel.relid))
-
-    def _run(self, channel: Channel, work: Awaitable[None]) -> None:
-        async def guarded() -> None:
-            try:
-                await work
-            finally:
-                channel.task = None
-
-        channel.task = self._spawn(guarded())
-
-    def _spawn(self, work: Any) -> asyncio.Task[None]:
-        task: asyncio.Task[None] = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    async def _quiesce(self, channel: Channel) -> None:
-        """Returns when the channel is closed, whatever state it was in."""
-        channel.reopen = None
-        while channel.task is not None or channel.opened is not None:
-            if channel.task is None:
-                self._run(channel, self._close_device(channel))
-            assert channel.task is not None
-            await asyncio.wait({channel.task})
+        self._lifecycle.run(channel, self._lifecycle.close_for_guest(channel))
 
     async def _close_all(self) -> None:
         # Sub-channels before their primaries.
         for channel in sorted(self._channels.values(), key=lambda entry: -entry.sub_channel_index):
-            await self._quiesce(channel)
+            await self._lifecycle.quiesce(channel)
 
     async def _revoke(self, channel: Channel, *, keep_device: bool = False) -> None:
         if channel.revoking:
@@ -469,8 +364,8 @@ class VmbusServer:
         channel.revoking = True
         try:
             if not channel.sub_channel_index:
-                await self._revoke_sub_channels(channel)
-            await self._quiesce(channel)
+                await self.revoke_sub_channels(channel)
+            await self._lifecycle.quiesce(channel)
             if not keep_device:
                 channel.device = None
             if self._channels.get(channel.relid) is not channel:
@@ -478,20 +373,22 @@ class VmbusServer:
             if channel.offered:
                 if self._attached and not channel.revoked:
                     channel.revoked = True
-                    self._send_all(self.gpadls.abandon_channel(channel.relid))
-                    self._send(vmbus.RescindChannelOffer(channel.relid))
+                    self.send_all(self.gpadls.abandon_channel(channel.relid))
+                    self.send(vmbus.RescindChannelOffer(channel.relid))
             elif channel.device is None:
                 del self._channels[channel.relid]
         finally:
             channel.revoking = False
         self._changed()
 
-    async def _revoke_sub_channels(self, primary: Channel) -> None:
+    async def revoke_sub_channels(self, primary: Channel) -> None:
+        """Take the sub-channels of a primary channel away."""
         for channel in self.channels:
             if channel.key[:2] == primary.key[:2] and channel.sub_channel_index:
                 await self._revoke(channel)
 
-    def _offer_sub_channels(self, primary: Channel, count: int) -> None:
+    def offer_sub_channels(self, primary: Channel, count: int) -> None:
+        """`OpenedChannel.offer_sub_channels`. ValueError for more than the device has."""
         device = primary.device
         if device is None or count > device.sub_channel_limit:
             raise ValueError(f"channel {primary.relid}: {count} sub-channels are more than the device has")
@@ -501,7 +398,8 @@ class VmbusServer:
                 continue
             self._offer_channel(self._add_channel(key, device))
 
-    def _report_fault(self, channel: Channel, opened: OpenedChannel, text: str) -> None:
+    def report_fault(self, channel: Channel, opened: OpenedChannel, text: str) -> None:
+        """`OpenedChannel.report_fault`; from any thread."""
         opened.faults.append(text)
         if len(opened.faults) == 1:
             with contextlib.suppress(RuntimeError):
@@ -511,10 +409,10 @@ class VmbusServer:
         if channel.opened is not opened:
             return
         _log.warning("partition %s: channel %d is taken away: %s", self.name, channel.relid, text)
-        self._error(f"channel {channel.relid}: {text}")
+        self.error(f"channel {channel.relid}: {text}")
         channel.faults.append(text)
         channel.withheld = text
-        self._spawn(self._revoke(channel, keep_device=True))
+        self._lifecycle.spawn(self._revoke(channel, keep_device=True))
 
     def _on_relid_released(self, message: vmbus.RelidReleased) -> None:
         channel = self._guests(message.relid, "RELID_RELEASED")
@@ -540,20 +438,20 @@ class VmbusServer:
             channel.interrupt.move(message.target_vp)
             status = vmbus.STATUS_SUCCESS
         else:
-            self._error(
+            self.error(
                 f"MODIFYCHANNEL: channel {channel.relid} to virtual processor {message.target_vp:#x} refused"
             )
         assert self.connection is not None
         if self.connection.version >= VmbusVersion.IRON:
-            self._send(vmbus.ModifyChannelResponse(channel.relid, status))
+            self.send(vmbus.ModifyChannelResponse(channel.relid, status))
 
     # --- GPADLs ---
 
     def _on_gpadl_header(self, message: vmbus.GpadlHeader) -> None:
         channel = self._channels.get(message.relid)
         if channel is None or not channel.offered:
-            self._error(f"GPADL_HEADER: channel {message.relid} is not offered")
-            self._send(vmbus.GpadlCreated(message.relid, message.gpadl_id, vmbus.STATUS_UNSUCCESSFUL))
+            self.error(f"GPADL_HEADER: channel {message.relid} is not offered")
+            self.send(vmbus.GpadlCreated(message.relid, message.gpadl_id, vmbus.STATUS_UNSUCCESSFUL))
             return
         self._send_created(self.gpadls.header(message, self._synic.memory))
 
@@ -564,24 +462,25 @@ class VmbusServer:
         if answer is None:
             return
         if answer.status:
-            self._error(f"GPADL {answer.gpadl_id:#x} of channel {answer.relid} refused")
-        self._send(answer)
+            self.error(f"GPADL {answer.gpadl_id:#x} of channel {answer.relid} refused")
+        self.send(answer)
 
     def _on_gpadl_teardown(self, message: vmbus.GpadlTeardown) -> None:
         channel = self._guests(message.relid, "GPADL_TEARDOWN")
         try:
-            self._send_all([self.gpadls.teardown(message)])
+            self.send_all([self.gpadls.teardown(message)])
         except WireError:
             if not channel.revoked:
                 raise
             # After a rescind every teardown is answered at once: the guest waits for it without a limit.
-            self._send(vmbus.GpadlTorndown(message.gpadl_id))
+            self.send(vmbus.GpadlTorndown(message.gpadl_id))
 
-    def _release_gpadl(self, relid: int, gpadl_id: int) -> None:
-        self._send_all([self.gpadls.release(relid, gpadl_id)])
+    def release_gpadl(self, relid: int, gpadl_id: int) -> None:
+        """`OpenedChannel.release_gpadl`."""
+        self.send_all([self.gpadls.release(relid, gpadl_id)])
 
     def _on_tl_connect(self, message: vmbus.TlConnectRequest) -> None:
-        self._send(
+        self.send(
             vmbus.TlConnectResult(message.endpoint_id, message.service_id, vmbus.STATUS_CONNECTION_REFUSED)
         )
 
@@ -627,7 +526,7 @@ class VmbusServer:
                 connection["sint"],
                 connection["features"],
             )
-            self._vp, self._sint = connection["vp"], connection["sint"]
+            self._vp, self.sint = connection["vp"], connection["sint"]
         self.offers_requested = saved["offers_requested"]
         for entry in saved["offered"]:
             key = (UUID(entry["class"]), UUID(entry["instance"]), entry["sub_channel_index"])

@@ -1,0 +1,157 @@
+"""What happens between OPENCHANNEL and the device's `close()`: one task per channel, never two at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from hypervisor.synic import Synic
+from hypervisor.vmbus.channel import Channel, ChannelState
+from hypervisor.vmbus.device import ChannelRefused, OpenedChannel
+from vswitch_wire import vmbus
+from vswitch_wire.errors import WireError
+
+if TYPE_CHECKING:
+    from hypervisor.vmbus.server import VmbusServer
+
+_log = logging.getLogger("hypervisor.vmbus")
+
+
+class ChannelLifecycle:
+    """Opens and closes the channels of one server. On the event loop."""
+
+    def __init__(
+        self, server: VmbusServer, synic: Synic, send_eventfd: Callable[[int, int | None], None]
+    ) -> None:
+        self._server = server
+        self._synic = synic
+        self._send_eventfd = send_eventfd
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start_open(self, channel: Channel, message: vmbus.OpenChannel) -> None:
+        """Open a closed channel; the guest is answered when the device has, or at once when the request is bad."""
+        assert channel.device is not None
+        try:
+            vp: int | None = message.target_vp
+            if vp == vmbus.TARGET_VP_DISABLED:
+                vp = None
+            elif message.target_vp >= len(self._synic.processors):
+                raise WireError(f"OPENCHANNEL: virtual processor {message.target_vp} does not exist")
+            pfns = self._server.gpadls.ring(channel.relid, message.ring_gpadl, message.downstream_page_offset)
+        except WireError as error:
+            self._server.error(str(error))
+            self._server.send(
+                vmbus.OpenChannelResult(message.relid, message.open_id, vmbus.STATUS_UNSUCCESSFUL)
+            )
+            return
+        channel.interrupt = self._synic.bind(channel.relid, self._server.sint, vp)
+        channel.opened = opened = OpenedChannel(
+            relid=channel.relid,
+            open_id=message.open_id,
+            sub_channel_index=channel.sub_channel_index,
+            memory=self._synic.memory,
+            ring_pfns=pfns,
+            downstream_page_offset=message.downstream_page_offset,
+            doorbell_fd=os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC),
+            interrupt=channel.interrupt.interrupt,
+            user_data=message.user_data,
+            gpadl=functools.partial(self._server.gpadls.use, channel.relid),
+            release_gpadl=functools.partial(self._server.release_gpadl, channel.relid),
+            report_fault=lambda text: self._server.report_fault(channel, opened, text),
+            offer_sub_channels=functools.partial(self._server.offer_sub_channels, channel),
+        )
+        channel.state = ChannelState.OPENING
+        self.run(channel, self._open(channel, opened))
+
+    async def _open(self, channel: Channel, opened: OpenedChannel) -> None:
+        device = channel.device
+        assert device is not None
+        status = vmbus.STATUS_SUCCESS
+        self._send_eventfd(channel.connection_id, opened.doorbell_fd)
+        try:
+            await device.open(opened)
+        except ChannelRefused as refused:
+            status = refused.status
+            self._server.error(f"channel {channel.relid}: {refused}")
+        except WireError as error:
+            status = vmbus.STATUS_UNSUCCESSFUL
+            self._server.error(f"channel {channel.relid}: {error}")
+        except Exception:
+            status = vmbus.STATUS_UNSUCCESSFUL
+            _log.exception(
+                "partition %s: device of channel %d failed to open", self._server.name, channel.relid
+            )
+        if status != vmbus.STATUS_SUCCESS:
+            self._let_go(channel)
+        else:
+            channel.state = ChannelState.OPEN
+        if not channel.revoking and not self._server.resetting:
+            self._server.send(vmbus.OpenChannelResult(channel.relid, opened.open_id, status))
+
+    async def close_for_guest(self, channel: Channel) -> None:
+        """CLOSECHANNEL: close the device, take sub-channels away, open again if that was asked meanwhile."""
+        await self._close_device(channel)
+        if not channel.sub_channel_index:
+            await self._server.revoke_sub_channels(channel)
+        reopen, channel.reopen = channel.reopen, None
+        if reopen is not None and not channel.revoking and not self._server.resetting:
+            # This task is the channel's current one: the next may start when it has ended.
+            self._loop.call_soon(self._reopen, channel, reopen)
+
+    def _reopen(self, channel: Channel, message: vmbus.OpenChannel) -> None:
+        if (
+            channel.state is ChannelState.CLOSED
+            and not (channel.revoking or channel.revoked)
+            and channel.offered
+        ):
+            self.start_open(channel, message)
+
+    async def _close_device(self, channel: Channel) -> None:
+        channel.state = ChannelState.CLOSING
+        assert channel.device is not None
+        assert channel.opened is not None
+        try:
+            await channel.device.close(channel.opened)
+        except Exception:
+            _log.exception(
+                "partition %s: device of channel %d failed to close", self._server.name, channel.relid
+            )
+        self._let_go(channel)
+
+    def _let_go(self, channel: Channel) -> None:
+        channel.drop_resources()
+        channel.state = ChannelState.CLOSED
+        self._send_eventfd(channel.connection_id, None)
+        self._server.send_all(self._server.gpadls.release_channel(channel.relid))
+
+    def run(self, channel: Channel, work: Awaitable[None]) -> None:
+        """Make this the channel's task; there must be none."""
+
+        async def guarded() -> None:
+            try:
+                await work
+            finally:
+                channel.task = None
+
+        channel.task = self.spawn(guarded())
+
+    def spawn(self, work: Any) -> asyncio.Task[None]:
+        """A task that is kept until it ends."""
+        task: asyncio.Task[None] = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def quiesce(self, channel: Channel) -> None:
+        """Returns when the channel is closed, whatever state it was in."""
+        channel.reopen = None
+        while channel.task is not None or channel.opened is not None:
+            if channel.task is None:
+                self.run(channel, self._close_device(channel))
+            assert channel.task is not None
+            await asyncio.wait({channel.task})
