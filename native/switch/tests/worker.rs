@@ -1,5 +1,7 @@
 //! A datapath with its worker thread, driven from outside as the Python module drives it.
 
+#![allow(clippy::unwrap_used)] // helpers of tests fail by panicking, as the tests do
+
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
