@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -103,7 +104,9 @@ class GuestProcess:
         except OSError:
             return None
         try:
-            if start_time(pid) != started:
+            # One that has ended and that nobody has waited for yet is gone too.
+            ended, _, _ = select.select([pidfd], [], [], 0)
+            if ended or start_time(pid) != started:
                 raise ProcessLookupError
         except OSError:
             os.close(pidfd)
