@@ -24,7 +24,10 @@ from vswitch.fields import ALL_BITS, Field
 from vswitch.upcall import VERDICT_ALLOW, VERDICT_DROP, VERDICT_ERROR, UpcallReply, UpcallRequest
 from vswitch_wire.engine import ENGINES
 
-pytestmark = pytest.mark.skipif(not vswitch_native.AVAILABLE, reason="the native module is not built")
+pytestmark = [
+    pytest.mark.skipif(not vswitch_native.AVAILABLE, reason="the native module is not built"),
+    pytest.mark.timeout(300),
+]
 
 LIMITS = Limits(
     mac_entries=6,
