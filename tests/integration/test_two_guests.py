@@ -110,7 +110,9 @@ async def test_guests_find_each_other_by_name(tmp_path: Path) -> None:
         a, _ = await lab.add("a"), await lab.add("b")
         await lab.configure(a)
         assert (await a.probe("ping", "b", "--count", "2", "--interval", "0.1"))["lost"] == 0
-        assert (await a.run("hostname")).strip() == "a"
+        missing = await a.probe("ping", "10.9.0.77", "--count", "2", "--interval", "0.05", check=False)
+        assert (missing["sent"], missing["lost"]) == (2, 2)
+        assert (await a.run("uname", "-n")).strip() == "a"
         assert "10.9.0.2\tb\n" in await a.run("cat", "/etc/hosts")
 
 
