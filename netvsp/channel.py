@@ -476,8 +476,8 @@ class Channel:
         if reason is not None:
             return reason
         run = receive_path.messages(frame, self._settings, self._counters)
-        if run is None:
-            return DropReason.INVALID_PACKET
+        if isinstance(run, DropReason):
+            return run
         if max(map(len, run.messages)) > self._receive.size:
             return DropReason.MTU_MISMATCH
         if self._receive.free_count - len(run.messages) < limits.CONTROL_RESERVE:
@@ -564,7 +564,7 @@ class Channel:
             self._backlog_bytes -= len(item)
 
     def _write_control(self, message: bytes) -> bool:
-        if self._receive is None:
+        if self._receive is None or len(message) > self._receive.size:
             self._counters["control_dropped"] += 1
             return True
         index = self._receive.take(control=True)

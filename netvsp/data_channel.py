@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from hypervisor.vmbus.device import OpenedChannel
-
 from netvsp.channel import Channel
 from vswitch_wire.engine import Engine, check_engine
 

@@ -34,6 +34,8 @@ TAP_PACKETS = 4096
 
 
 def sub_allocation_size(mtu: int) -> int:
-    """Bytes of one receive sub-allocation for an MTU with Ethernet header: a multiple of 64, 1856 for
-    1514."""
-    return (mtu + SUB_ALLOCATION_OVERHEAD + 63) // 64 * 64
+    """Bytes of one receive sub-allocation for an MTU with Ethernet header: a multiple of 64, 1856 for 1514.
+
+    Never less than that: control answers have to fit whatever the MTU is.
+    """
+    return (max(mtu, MTU_DEFAULT) + SUB_ALLOCATION_OVERHEAD + 63) // 64 * 64

@@ -82,8 +82,9 @@ def passes_filter(destination: bytes, settings: Settings) -> bool:
     return bool(bits & ndis.NDIS_PACKET_TYPE_DIRECTED) and destination == settings.address
 
 
-def messages(frame: Frame, settings: Settings, counters: Counter[str]) -> Run | None:
-    """The frame as RNDIS messages for this guest; None if its headers contradict its offload metadata."""
+def messages(frame: Frame, settings: Settings, counters: Counter[str]) -> Run | DropReason:
+    """The frame as RNDIS messages for this guest, or why not: headers that contradict the offload metadata,
+    segments above the MTU."""
     offload = frame.offload
     if offload.mss:
         return _large(frame, settings, counters)
@@ -94,7 +95,9 @@ def messages(frame: Frame, settings: Settings, counters: Counter[str]) -> Run | 
             transport = None
     if transport is None:
         # Nothing to vouch for is fine; a checksum to complete in a frame without one is not.
-        return None if offload.checksum is Checksum.PARTIAL else Run([build_packet(frame, frame.data)])
+        if offload.checksum is Checksum.PARTIAL:
+            return DropReason.INVALID_PACKET
+        return Run([build_packet(frame, frame.data)])
     flags = known_good(transport, settings.offload)
     data = frame.data
     if offload.checksum is Checksum.PARTIAL:
@@ -120,17 +123,19 @@ def known_good(transport: checksum.Transport, enabled: int) -> int:
     return flags
 
 
-def _large(frame: Frame, settings: Settings, counters: Counter[str]) -> Run | None:
+def _large(frame: Frame, settings: Settings, counters: Counter[str]) -> Run | DropReason:
     """A large send: one coalesced run for a guest that takes RSC, else segments made in software."""
     transport = checksum.find_transport(frame.data)
     if transport is None or transport.protocol != checksum.TCP:
-        return None
+        return DropReason.INVALID_PACKET
     try:
         segments = checksum.segment(frame.data, transport, frame.offload.mss)
     except ValueError:
-        return None
-    if len(segments) > limits.MAX_RSC_RANGES or len(segments[0]) > settings.mtu + 4:
-        return None
+        return DropReason.INVALID_PACKET
+    if len(segments) > limits.MAX_RSC_RANGES:
+        return DropReason.INVALID_PACKET
+    if len(segments[0]) > settings.mtu + 4:
+        return DropReason.MTU_MISMATCH
     if settings.offload & (RSC_IPV4 if transport.ip_version == 4 else RSC_IPV6) and len(segments) > 1:
         return _coalesced(frame, transport, segments, settings, counters)
     counters["large_sends_segmented"] += 1

@@ -14,6 +14,11 @@ use vswitch_memory::{BufferView, GuestMemory, Interrupt};
 use vswitch_ring::{RingError, RingReader, RingWriter};
 use vswitch_switch::drops::DropReason;
 use vswitch_switch::endpoint::{Batch, Checksum, Endpoint, FrameRef, BATCH, HEAD_BYTES};
+use vswitch_wire::nvsp::{
+    NVSP_MSG1_TYPE_SEND_RNDIS_PKT as SEND_RNDIS_PKT,
+    NVSP_MSG1_TYPE_SEND_RNDIS_PKT_COMPLETE as SEND_RNDIS_PKT_COMPLETE, NVSP_STAT_FAIL as FAILURE,
+    NVSP_STAT_SUCCESS as SUCCESS,
+};
 use vswitch_wire::packet::{
     self, PacketRef, TransferRange, VM_PKT_COMP, VM_PKT_DATA_INBAND, VM_PKT_DATA_USING_GPA_DIRECT,
 };
@@ -34,9 +39,6 @@ mod incoming;
 mod publish;
 mod transmit;
 
-const SEND_RNDIS_PKT: u32 = 107;
-const SEND_RNDIS_PKT_COMPLETE: u32 = 108;
-const FAILURE: u32 = 2;
 /// Bytes of an NVSP message in the ring: the fixed 28 of versions 1 to 6, padded.
 const PADDED: usize = 32;
 const COMPLETION_BYTES: usize = 16 + PADDED + 8;

@@ -233,3 +233,15 @@ async def test_lying_ring_indices_cost_the_channel_and_nothing_else(guest: Scrip
     assert len(guest.faults) == 1
     assert "write" in guest.faults[0]
     assert packet.VM_PKT_COMP not in [entry.type for entry in guest.take()]
+
+
+@pytest.mark.parametrize("mtu", [68, 576, 1500, 9000])
+async def test_every_mtu_leaves_room_for_control_answers(mtu: int) -> None:
+    guest = ScriptedGuest("python", mtu=mtu)
+    await guest.up(mtu=9014)
+    assert guest.nic.state.mtu == min(mtu + 14, 9014)
+    assert guest.section is not None
+    assert guest.section.sub_allocation_size >= max(mtu, 1500) + 14 + 292
+    assert len((await guest.query(0x00020216)).info) == 512
+    assert (await guest.query(0x00010106)).info == mtu.to_bytes(4, "little")
+    await guest.close()

@@ -7,7 +7,6 @@ use vswitch_wire::rndis::{
 
 use super::*;
 
-const SUCCESS: u32 = 1;
 /// Bytes of a data message that are copied at once: RNDIS header, per-packet info, the head of the frame.
 const PREFIX: usize = 320;
 const NO_SECTION: u32 = 0xFFFF_FFFF;

@@ -96,8 +96,11 @@ impl ChannelEndpoint {
             parsed = parse(&self.work);
         }
         let (transport, segmenter) = parsed.ok_or(DropReason::InvalidPacket)?;
-        if segmenter.count() > MAX_RSC_RANGES || segmenter.largest() > self.settings.mtu + 4 {
+        if segmenter.count() > MAX_RSC_RANGES {
             return Err(DropReason::InvalidPacket);
+        }
+        if segmenter.largest() > self.settings.mtu + 4 {
+            return Err(DropReason::MtuMismatch);
         }
         let flags = self.settings.known_good(&transport);
         if self.settings.coalesces(&transport) && segmenter.count() > 1 {
