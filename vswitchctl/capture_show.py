@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime
 
 from vswitchctl.capture_file import LINKTYPE_ETHERNET, LINKTYPE_USER0, Record
 from vswitchctl.frame_text import describe
@@ -32,8 +31,9 @@ def lines(records: Iterable[Record]) -> Iterator[str]:
 
 def line(record: Record) -> str:
     """One packet in one line."""
-    moment = datetime.fromtimestamp(record.timestamp_ns // 1_000_000_000, UTC)
-    when = f"{moment:%H:%M:%S}.{record.timestamp_ns % 1_000_000_000:09d}"
+    seconds = record.timestamp_ns // 1_000_000_000 % 86_400
+    when = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    when += f".{record.timestamp_ns % 1_000_000_000:09d}"
     if record.link_type == LINKTYPE_ETHERNET:
         text = describe(record.data)
     elif record.link_type == LINKTYPE_USER0:
