@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from conftest import RunningDaemon, eventually
 from scapy.layers.inet import ICMP, IP, TCP
 from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Raw
 from scapy.sendrecv import AsyncSniffer, sniff
 from scapy.utils import wrpcap
+from waiting import eventually
 
 from vswitchctl.errors import VswitchError
 from vswitchctl.scapy_socket import PortSocket
+
+if TYPE_CHECKING:
+    from tests.conftest import RunningDaemon
 
 A, B = "02:00:00:00:00:0a", "02:00:00:00:00:0b"
 

@@ -14,17 +14,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import dpkt
 import pytest
 from scapy.utils import PcapNgReader
+from waiting import eventually
 
 import vswitch_native
 from netvsc.scapy_layers import NVSP, VMBusCaptured
-from tests.conftest import RunningDaemon, StartDaemon, eventually
 from vswitchctl.capture_file import Record, read
 from vswitchctl.frame_text import describe
 from vswitchctl.launch import ROOT
+
+if TYPE_CHECKING:
+    from tests.conftest import RunningDaemon, StartDaemon
 
 pytestmark = pytest.mark.timeout(150)
 

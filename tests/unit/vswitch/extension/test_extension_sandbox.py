@@ -21,6 +21,7 @@ from vswitch.extension.host import ExtensionHost
 from vswitch_confine import probe
 
 NOBODY = 65534
+SUPPORT = Path(__file__).resolve().parents[3] / "support"
 ROOT = str(Path(__file__).resolve().parents[4])
 FRAME = bytes(Ether() / IP() / TCP())
 ATTEMPT = """
@@ -162,7 +163,7 @@ async def test_the_process_ends_when_the_daemon_is_killed(tmp_path: Path) -> Non
     script = tmp_path / "daemon.py"
     script.write_text(
         "import asyncio, os, signal, sys\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"sys.path.insert(0, {str(SUPPORT)!r})\n"
         "from upcalls import RecordingStack\n"
         "from vswitch.extension.host import ExtensionHost\n"
         "async def main():\n"
@@ -229,9 +230,7 @@ def readable_python() -> str:
 def in_a_daemon(code: str, *, before: str = "", ordinary_user: bool = False) -> dict[str, Any]:
     """What becomes of an extension that runs `code`, in a daemon of its own process."""
     source = ATTEMPT.format(code=code).encode()
-    script = AS_DAEMON.format(
-        tests=str(Path(__file__).parent), root=ROOT, before=before, source=source, frame=FRAME
-    )
+    script = AS_DAEMON.format(tests=str(SUPPORT), root=ROOT, before=before, source=source, frame=FRAME)
     command = [sys.executable, "-c", script]
     if ordinary_user and os.geteuid() == 0:
         nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all"]
