@@ -147,14 +147,20 @@ class AsyncClient:
             request.page_token = response.next_page_token
 
     async def inject(self, port: str, frames: Iterable[bytes]) -> port_pb2.InjectFramesResponse:
-        """Lets frames enter the switch as if the port's NIC had sent them."""
+        """Lets frames enter the switch as if the port's NIC had sent them; what `frames` raises is raised."""
         name = names.port(port)
         self._observe("PortService/InjectFrames", port_pb2.InjectFramesRequest(port=name))
 
+        broken: list[Exception] = []
+
         def requests() -> Iterable[port_pb2.InjectFramesRequest]:
             yield port_pb2.InjectFramesRequest(port=name)
-            for batch in frame_batches(frames):
-                yield port_pb2.InjectFramesRequest(frames=batch)
+            try:
+                for batch in frame_batches(frames):
+                    yield port_pb2.InjectFramesRequest(frames=batch)
+            except Exception as error:
+                # gRPC would swallow it: the stream ends here, and the caller is told below.
+                broken.append(error)
 
         method = self.channel.stream_unary(
             transport.path_of("PortService/InjectFrames"),
@@ -162,9 +168,12 @@ class AsyncClient:
             response_deserializer=port_pb2.InjectFramesResponse.FromString,
         )
         try:
-            return await method(iter(requests()), timeout=self.timeout)
+            done = await method(iter(requests()), timeout=self.timeout)
         except grpc.RpcError as error:
             raise from_rpc_error(error, str(self.socket)) from None
+        if broken:
+            raise broken[0]
+        return done
 
     async def watch(
         self, prefixes: Sequence[str] = (), *, snapshot: bool = True

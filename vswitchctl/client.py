@@ -145,14 +145,20 @@ class Client:
             request.page_token = response.next_page_token
 
     def inject(self, port: str, frames: Iterable[bytes]) -> port_pb2.InjectFramesResponse:
-        """Lets frames enter the switch as if the port's NIC had sent them."""
+        """Lets frames enter the switch as if the port's NIC had sent them; what `frames` raises is raised."""
         name = names.port(port)
         self._observe("PortService/InjectFrames", port_pb2.InjectFramesRequest(port=name))
 
+        broken: list[Exception] = []
+
         def requests() -> Iterator[port_pb2.InjectFramesRequest]:
             yield port_pb2.InjectFramesRequest(port=name)
-            for batch in frame_batches(frames):
-                yield port_pb2.InjectFramesRequest(frames=batch)
+            try:
+                for batch in frame_batches(frames):
+                    yield port_pb2.InjectFramesRequest(frames=batch)
+            except Exception as error:
+                # gRPC would swallow it: the stream ends here, and the caller is told below.
+                broken.append(error)
 
         method = self.channel.stream_unary(
             transport.path_of("PortService/InjectFrames"),
@@ -160,9 +166,12 @@ class Client:
             response_deserializer=port_pb2.InjectFramesResponse.FromString,
         )
         try:
-            return method(requests(), timeout=self.timeout)
+            done = method(requests(), timeout=self.timeout)
         except grpc.RpcError as error:
             raise from_rpc_error(error, str(self.socket)) from None
+        if broken:
+            raise broken[0]
+        return done
 
     def watch(
         self, prefixes: Sequence[str] = (), *, snapshot: bool = True
