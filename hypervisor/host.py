@@ -10,6 +10,7 @@ from typing import Any
 from hypervisor import privileges as privilege_masks
 from hypervisor.clock import Clock, SystemClock
 from hypervisor.door import AsyncioDoors, DoorBackend
+from hypervisor.native_door import NativeDoors
 from hypervisor.partition import SAVE_VERSION, Partition, PartitionError
 from hypervisor.quotas import Quotas
 from hypervisor.regions import RegionIdentity, create_regions
@@ -38,7 +39,7 @@ class Hypervisor:
         self.engine = check_engine(engine)
         self.run_dir = run_dir
         self.clock: Clock = clock or SystemClock()
-        self.doors: DoorBackend = doors or AsyncioDoors(self.clock)
+        self.doors: DoorBackend = doors or _doors_of(engine, clock)
         self.partitions: dict[int, Partition] = {}
         self.on_created: list[Callable[[Partition], None]] = []
         """Called for every partition, also those that a guest creates by hypercall."""
@@ -165,3 +166,10 @@ class Hypervisor:
         for partition in list(self.partitions.values()):
             await partition.delete()
         await self.doors.close()
+
+
+def _doors_of(engine: Engine, clock: Clock | None) -> DoorBackend:
+    """The engine's own doors; the native thread keeps real time, so an injected clock gets the twin."""
+    if engine == "native" and clock is None:
+        return NativeDoors()
+    return AsyncioDoors(clock)

@@ -59,7 +59,7 @@ class NativeDoors:
         return link
 
     async def close(self) -> None:
-        """Close every door with GONE and wait until their handlers know."""
+        """Close every door with GONE, wait until their handlers know, and end the thread."""
         for link in list(self._links.values()):
             link.close("the host is shutting down", door.ErrorCode.GONE)
         self._all_closed.clear()
@@ -67,6 +67,7 @@ class NativeDoors:
             await self._all_closed.wait()
             self._all_closed.clear()
         self._loop.remove_reader(self._doors.event_fd)
+        self._doors.stop()
 
     def _wake(self) -> None:
         self._waiting.extend(self._doors.take())

@@ -1,6 +1,7 @@
 //! Python surface of the `vswitch-door` crate.
 
 use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::sync::{Mutex, PoisonError};
 
 use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
@@ -26,10 +27,20 @@ fn duplicate(fd: RawFd) -> PyResult<OwnedFd> {
         .map_err(|error| PyOSError::new_err(error.to_string()))
 }
 
-/// The door thread.
+/// The door thread; after `stop` every call is without effect.
 #[pyclass(module = "vswitch_native.door", frozen)]
 struct Doors {
-    inner: door::Doors,
+    inner: Mutex<Option<door::Doors>>,
+}
+
+impl Doors {
+    fn with<T>(&self, act: impl FnOnce(&door::Doors) -> T) -> Option<T> {
+        self.inner
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_ref()
+            .map(act)
+    }
 }
 
 #[pymethods]
@@ -37,7 +48,9 @@ impl Doors {
     #[new]
     fn new() -> PyResult<Self> {
         let inner = door::Doors::new().map_err(|error| PyOSError::new_err(error.to_string()))?;
-        Ok(Self { inner })
+        Ok(Self {
+            inner: Mutex::new(Some(inner)),
+        })
     }
 
     /// `fd` is taken over.
@@ -64,7 +77,9 @@ impl Doors {
             send_limit,
         };
         // SAFETY: the caller hands its descriptor over.
-        Ok(self.inner.open(unsafe { OwnedFd::from_raw_fd(fd) }, quotas))
+        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+        self.with(|doors| doors.open(socket, quotas))
+            .ok_or_else(|| PyOSError::new_err("the door thread was stopped"))
     }
 
     /// `fds` are duplicated.
@@ -73,35 +88,35 @@ impl Doors {
             .into_iter()
             .map(duplicate)
             .collect::<PyResult<Vec<_>>>()?;
-        self.inner.send(door, frame.to_vec(), fds);
+        self.with(|doors| doors.send(door, frame.to_vec(), fds));
         Ok(())
     }
 
     fn expect_fds(&self, door: u64, count: usize) {
-        self.inner.expect_fds(door, count);
+        self.with(|doors| doors.expect_fds(door, count));
     }
 
     fn hold(&self, door: u64, held: bool) {
-        self.inner.hold(door, held);
+        self.with(|doors| doors.hold(door, held));
     }
 
     fn consumed(&self, door: u64, count: usize) {
-        self.inner.consumed(door, count);
+        self.with(|doors| doors.consumed(door, count));
     }
 
     fn close(&self, door: u64, reason: String, code: Option<u32>) {
-        self.inner.close(door, reason, code);
+        self.with(|doors| doors.close(door, reason, code));
     }
 
     #[getter]
     fn event_fd(&self) -> RawFd {
-        self.inner.event_fd()
+        self.with(door::Doors::event_fd).unwrap_or(-1)
     }
 
     /// (door, frame, descriptors) for a frame, (door, None, reason) for the end of a door.
     fn take<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         let events = PyList::empty(py);
-        for event in self.inner.take() {
+        for event in self.with(door::Doors::take).unwrap_or_default() {
             match event {
                 door::Event::Frame { door, data, fds } => {
                     let fds: Vec<RawFd> = fds.into_iter().map(IntoRawFd::into_raw_fd).collect();
@@ -111,5 +126,15 @@ impl Doors {
             }
         }
         Ok(events)
+    }
+
+    /// Closes all doors without a word and ends the thread.
+    fn stop(&self, py: Python<'_>) {
+        let doors = self
+            .inner
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        py.detach(|| drop(doors));
     }
 }
