@@ -34,7 +34,7 @@ class ChannelLifecycle:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start_open(self, channel: Channel, message: vmbus.OpenChannel) -> None:
-        """Open a closed channel; the guest is answered when the device has, or at once when the request is bad."""
+        """Open a closed channel. The guest is answered when the device has, at once for a bad request."""
         assert channel.device is not None
         try:
             vp: int | None = message.target_vp
