@@ -35,6 +35,7 @@ BAD_FRAMES = {
     "too long": header(0x41, bytes(5000)),
     "text": header(0x41, struct.pack("<I", 0) + b"\xff\xfe"),
     "nobody asked": header(0x41, bytes(4)),
+    "unknown hello flag": header(0x02, struct.pack("<HHI", 1, 0, 2)),
     "second hello ack": header(0x02, struct.pack("<HHI", 1, 0, 0)),
 }
 
