@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+import vswitch_native
 from vswitch_api.v1 import extension_pb2, partition_pb2
 from vswitchctl.aio import AsyncClient
 from vswitchctl.client import Client
@@ -100,7 +101,10 @@ class World:
                 os.kill(pid, signal.SIGKILL)
 
 
-@pytest.fixture(params=["native", "python"])
+NATIVE = pytest.mark.skipif(not vswitch_native.AVAILABLE, reason=vswitch_native.WHY)
+
+
+@pytest.fixture(params=[pytest.param("native", marks=NATIVE), "python"])
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     with tempfile.TemporaryDirectory(prefix="vswitch-killed-") as directory:
         one = World(request.param, Path(directory))
