@@ -5,6 +5,7 @@ object.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -441,6 +442,9 @@ class ExecStream:
         while response is not grpc.aio.EOF:
             if response.WhichOneof("message") == "exit":
                 self.exit = response.exit
+                # The daemon ends the stream when this side has: nothing is written to a stream that is gone.
+                with contextlib.suppress(asyncio.InvalidStateError):
+                    await self._stream.done_writing()
             yield response
             response = await self._stream.read()
         if self.exit is None:

@@ -23,6 +23,8 @@ MAX_ARGUMENTS = 4096
 MAX_COMMAND_BYTES = 48 << 10
 # How long the output of a command that has ended is still followed when others hold it open.
 LINGER_SECONDS = 0.2
+# How long a caller that has been told the exit may take to end its side.
+CALLER_SECONDS = 2.0
 END_OF_TRANSMISSION = b"\x04"
 
 
@@ -61,6 +63,7 @@ class Executor:
                 yield partition_pb2.ExecResponse(
                     exit=partition_pb2.ExecExit(status=127, detail=error.strerror or str(error))
                 )
+                await _caller_ends(iterator)
                 return
             except (DoorLost, PartitionError) as error:
                 raise _lost(record.name, error) from None
@@ -83,6 +86,8 @@ class Executor:
                 if code >= 0
                 else partition_pb2.ExecExit(signal=-code)
             )
+            # The caller may be sending input still: a stream that ended under it would lose the exit for it.
+            await asyncio.wait([feeding], timeout=CALLER_SECONDS)
         finally:
             for task in (feeding, ended):
                 if task is not None:
@@ -91,6 +96,14 @@ class Executor:
                 with contextlib.suppress(PartitionError, DoorLost):
                     process.kill(signal.SIGKILL)
             streams.close()
+
+
+async def _caller_ends(requests: AsyncIterator[partition_pb2.ExecRequest]) -> None:
+    """Lets a caller that has been told the exit end its side."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(CALLER_SECONDS):
+            async for _ in requests:
+                pass
 
 
 async def _feed(

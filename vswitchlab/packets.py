@@ -109,8 +109,9 @@ def summary(sighting: Sighting) -> str:
 def _what(frame: dpkt.ethernet.Ethernet) -> str:
     packet = frame.data
     if isinstance(packet, dpkt.arp.ARP):
-        word = "request" if packet.op == dpkt.arp.ARP_OP_REQUEST else "reply"
-        return f"ARP {word} {socket.inet_ntoa(packet.spa)} asks for {socket.inet_ntoa(packet.tpa)}"
+        source, target = socket.inet_ntoa(packet.spa), socket.inet_ntoa(packet.tpa)
+        asks = packet.op == dpkt.arp.ARP_OP_REQUEST
+        return f"ARP {source} asks for {target}" if asks else f"ARP {source} tells {target} where it is"
     if isinstance(packet, dpkt.ip.IP | dpkt.ip6.IP6):
         family = socket.AF_INET if isinstance(packet, dpkt.ip.IP) else socket.AF_INET6
         source, target = (socket.inet_ntop(family, each) for each in (packet.src, packet.dst))

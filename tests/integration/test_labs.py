@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
+from vswitchctl.aio import AsyncClient
 from vswitchlab import processes
 from vswitchlab.pytest_plugin import LabFactory
 
@@ -55,3 +57,22 @@ def test_a_dict_is_a_lab_and_two_labs_can_be_up_at_once(lab: LabFactory) -> None
     two = lab({"switches": ["s1"], "guests": ["c", "d"]}, name="two")
     assert one.ping("a", "b") == 0
     assert two.ping("c", "d") == 0
+
+
+async def test_a_command_that_ends_while_its_input_still_comes_gives_its_exit(lab: LabFactory) -> None:
+    lab({"guests": ["a"]})
+
+    async def one(client: AsyncClient, argv: list[str]) -> int:
+        async with client.exec("a", argv) as command:
+            for _ in range(3):
+                await command.write(bytes(60_000))
+            await command.close_stdin()
+            async for _ in command:
+                pass
+        assert command.exit is not None
+        return command.exit.status
+
+    async with AsyncClient(lab.daemon.socket) as client:
+        for _ in range(5):
+            commands = [["sh", "-c", "exit 3"], ["true"], ["no-such-command"]]
+            assert await asyncio.gather(*(one(client, each) for each in commands)) == [3, 0, 127]
