@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
 
 from netvsc import frames
-from netvsc.link import Link
+from netvsc.link import MAX_READ, Link
 from vswitch_wire import nvsp, packet
 from vswitch_wire.errors import WireError
 from vswitch_wire.gpadl import GpaRange
@@ -438,8 +438,9 @@ class DataPath:
             return
         if fragment & frames.RSC_FIRST:
             run.clear()
-        elif not run:
-            raise WireError("RSC fragment without a first one")
+        elif not run or sum(len(piece.frame) for piece in run) + len(received.frame) > MAX_READ:
+            run.clear()
+            raise WireError("RSC fragment without a first one, or more than a frame holds")
         run.append(received)
         if fragment & frames.RSC_LAST:
             whole = list(run)

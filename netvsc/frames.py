@@ -78,6 +78,8 @@ def transmit(data: bytes, *, checksum: bool) -> bytes:
             )
         ipv6 = frame[12:14] == b"\x86\xdd"
         if gso & ~GSO_ECN in (GSO_TCPV4, GSO_TCPV6) and mss:
+            if start < ETH_HEADER + (40 if ipv6 else 20) or start + _TCP_CHECK + 2 > len(frame):
+                raise WireError(f"interface gave a large send whose TCP header is at {start} of {len(frame)}")
             frame = _for_large_send(frame, start, ipv6)
             infos += _ppi(PPI_LSO, mss & 0xFFFFF | (start & 0x3FF) << 20 | LSO_V2 | (LSO_IPV6 if ipv6 else 0))
         elif checksum and offset in (_TCP_CHECK, _UDP_CHECK) and start < 0x400:
@@ -210,14 +212,14 @@ def _vnet_header(frame: bytes, checksum: int, mtu: int) -> tuple[bytes, bytes]:
 def _large_receive(frame: bytes, start: int, ipv6: bool, mtu: int) -> tuple[bytes, bytes]:
     """A coalesced TCP run becomes one GSO frame, so that a guest that routes can cut it again."""
     header_length = start + (frame[start + 12] >> 4) * 4
-    mss = mtu - (header_length - ETH_HEADER)
+    mss = max(0, mtu - (header_length - ETH_HEADER))
     out = bytearray(frame)
     tcp_length = len(frame) - start
     if ipv6:
         struct.pack_into(">H", out, ETH_HEADER + 4, len(frame) - ETH_HEADER - 40 & 0xFFFF)
         pseudo = _sum16(out[ETH_HEADER + 8 : ETH_HEADER + 40], TCP + tcp_length)
     else:
-        struct.pack_into(">H", out, ETH_HEADER + 2, len(frame) - ETH_HEADER)
+        struct.pack_into(">H", out, ETH_HEADER + 2, len(frame) - ETH_HEADER & 0xFFFF)
         struct.pack_into(">H", out, ETH_HEADER + 10, 0)
         check = ~_sum16(out[ETH_HEADER:start]) & 0xFFFF
         struct.pack_into(">H", out, ETH_HEADER + 10, check)

@@ -145,6 +145,10 @@ pub fn transmit(
         }
         let ipv6 = get16(frame, 12) == 0x86DD;
         if matches!(gso & !GSO_ECN, GSO_TCPV4 | GSO_TCPV6) && mss != 0 {
+            let headers = ETH_HEADER + if ipv6 { 40 } else { 20 };
+            if start < headers || start + usize::from(TCP_CHECK) + 2 > frame.len() {
+                return bad(WHAT, "a large send whose TCP header is outside");
+            }
             for_large_send(frame, start, ipv6);
             let version = if ipv6 { LSO_IPV6 } else { 0 };
             infos[count] = (
