@@ -11,7 +11,7 @@ def receive(message: bytes, mtu: int) -> bytes:
     """What the interface is given for one PACKET message that is no fragment. WireError."""
 
 class Worker:
-    """The thread of one virtual processor: owns its interrupt eventfd and event flags, runs its data paths."""
+    """One virtual processor's thread: owns its interrupt eventfd and event flags, runs its data paths."""
 
     def __init__(self, memory: GuestMemory, interrupt_fd: int, siefp_gpa: int, sint: int) -> None: ...
     @property
