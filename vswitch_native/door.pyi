@@ -1,4 +1,4 @@
-"""The door thread: owns all door sockets, checks frames, keeps quotas. Used through `hypervisor.native_door`."""
+"""The door thread: owns all door sockets, checks frames, keeps quotas (see `hypervisor.native_door`)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The Rust codecs, for tests against the Python twin and for tools that show messages.
 
 `decode_*` gives a message's name and fields as `vswitch_wire` has them (GUIDs as their 16 wire bytes);
-`recode_*` decodes and encodes again. Both raise `vswitch_wire.errors.WireError`, or `UnknownMessage` for unknown types.
+`recode_*` decodes and encodes again. Both raise `vswitch_wire.errors.WireError`, or `UnknownMessage` for
+unknown types.
 """
 
 from __future__ import annotations
