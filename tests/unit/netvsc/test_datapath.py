@@ -25,6 +25,8 @@ def frame(number: int, size: int = 60) -> bytes:
 async def running(nic: Nic) -> Nic:
     await nic.driver.start(1500)
     await nic.driver.set_filter(True)
+    # The worker may complete the last control reply after the driver has acted on it.
+    await until(lambda: len(nic.host.completed) == nic.host.next_slot)
     nic.host.sent.clear()
     nic.host.messages.clear()
     nic.host.completed.clear()
