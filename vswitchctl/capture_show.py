@@ -34,17 +34,37 @@ def line(record: Record) -> str:
     seconds = record.timestamp_ns // 1_000_000_000 % 86_400
     when = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
     when += f".{record.timestamp_ns % 1_000_000_000:09d}"
-    if record.link_type == LINKTYPE_ETHERNET:
-        text = describe(record.data)
-    elif record.link_type == LINKTYPE_USER0:
-        text = describe_vmbus(record.data)
-    else:
-        text = f"link type {record.link_type}, {record.original_length} bytes"
+    text = _text(record)
     where = " ".join(part for part in (record.interface, f"{record.direction:<3}") if part.strip())
     where = f" {where}" if where else ""
     note = record.comment or ("" if record.drop_code is None else f"dropped: reason {record.drop_code}")
     shown = f"{when}{where}  {text}" + (f"  [{note}]" if note else "")
     return "".join(c if c.isprintable() else "?" for c in shown)
+
+
+def plain(record: Record) -> dict[str, object]:
+    """One packet as plain values, for programs; its bytes are in hex."""
+    return {
+        "timestamp_ns": record.timestamp_ns,
+        "interface": record.interface,
+        "direction": record.direction,
+        "packet_id": record.packet_id,
+        "link_type": record.link_type,
+        "original_length": record.original_length,
+        "summary": _text(record),
+        "drop_code": record.drop_code,
+        "comment": record.comment,
+        "lost_before": record.lost,
+        "data": record.data.hex(),
+    }
+
+
+def _text(record: Record) -> str:
+    if record.link_type == LINKTYPE_ETHERNET:
+        return describe(record.data)
+    if record.link_type == LINKTYPE_USER0:
+        return describe_vmbus(record.data)
+    return f"link type {record.link_type}, {record.original_length} bytes"
 
 
 def describe_vmbus(data: bytes) -> str:

@@ -110,6 +110,9 @@ def _report(error: Exception) -> int:
     if isinstance(error, LaunchError):
         session.report(str(error))
         return session.EXIT_FAILED
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        session.report(f"{os.fsdecode(error.filename)}: {error.strerror}")
+        return session.EXIT_USAGE
     if isinstance(error, ValueError | OSError):
         session.report(str(error))
         return session.EXIT_USAGE

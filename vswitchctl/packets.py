@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import ipaddress
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 MAX_FRAME = 65535
@@ -32,23 +35,47 @@ class PacketTextError(ValueError):
     """The text describes no frame; the message says where and why."""
 
 
-def parse_packet(text: str) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """Whose frame it is: what an expression leaves open is as the NIC at the port would send it."""
+
+    mac: str = "00:00:00:00:00:00"
+    addresses: tuple[str, ...] = ()
+    # IP address -> MAC of every NIC on the switch.
+    neighbours: Mapping[str, str] = field(default_factory=dict)
+
+    def address(self, version: int) -> str:
+        """Its first address of an IP version; the unspecified one where it has none."""
+        found = (text for text in self.addresses if ipaddress.ip_address(text).version == version)
+        return next(found, "0.0.0.0" if version == 4 else "::")
+
+
+def is_hex(text: str) -> bool:
+    """Whether `text` gives the frame's bytes, so that nothing in it is left open."""
+    return _HEX.fullmatch(text.strip()) is not None
+
+
+def parse_packet(text: str, sender: Sender | None = None) -> bytes:
     """The frame that `text` describes, 14 to 65535 bytes.
 
-    Hex may be grouped by blanks, colons, dots or dashes. Raises PacketTextError, also when scapy is needed
-    and not installed.
+    Hex may be grouped by blanks, colons, dots or dashes. In an expression, addresses that are not given are
+    the sender's, and the destination MAC is that of the neighbour with the destination address, else
+    broadcast: this machine's own addresses and neighbours have no part in it. Raises PacketTextError, also
+    when scapy is needed and not installed.
     """
     text = text.strip()
     if len(text) > MAX_TEXT:
         raise PacketTextError(f"a description of {len(text)} characters, at most {MAX_TEXT}")
-    is_hex = _HEX.fullmatch(text)
-    frame = bytes.fromhex(re.sub(r"^0x|[\s:.-]", "", text)) if is_hex else _from_scapy(text)
+    if is_hex(text):
+        frame = bytes.fromhex(re.sub(r"^0x|[\s:.-]", "", text))
+    else:
+        frame = _from_scapy(text, sender or Sender())
     if not 14 <= len(frame) <= MAX_FRAME:
         raise PacketTextError(f"a frame of {len(frame)} bytes; an Ethernet frame has 14 to {MAX_FRAME}")
     return frame
 
 
-def _from_scapy(text: str) -> bytes:
+def _from_scapy(text: str, sender: Sender) -> bytes:
     try:
         tree = ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -63,6 +90,7 @@ def _from_scapy(text: str) -> bytes:
     try:
         for part in parts[1:]:
             packet = packet / part
+        _complete(packet, sender)
         frame = bytes(packet)
     except Exception as error:  # scapy raises what its fields raise
         raise PacketTextError(f"scapy cannot build {text!r}: {error}") from None
@@ -71,6 +99,24 @@ def _from_scapy(text: str) -> bytes:
             f"the outermost layer is {packet.name}; a port takes Ethernet frames: Ether()/..."
         )
     return frame
+
+
+def _complete(packet: Any, sender: Sender) -> None:
+    """Fills in the addresses that the expression leaves open; scapy would ask this machine's network."""
+    outer = packet.getlayer("Ether")
+    inner = next((packet.getlayer(name) for name in ("IP", "IPv6", "ARP") if packet.haslayer(name)), None)
+    if inner is not None and inner.name == "ARP":
+        inner.fields.setdefault("hwsrc", sender.mac)
+        inner.fields.setdefault("psrc", sender.address(4))
+    elif inner is not None:
+        inner.fields.setdefault("src", sender.address(6 if inner.name == "IPv6" else 4))
+    if outer is not packet:
+        return
+    target = "ff:ff:ff:ff:ff:ff"
+    if inner is not None and inner.name != "ARP":
+        target = sender.neighbours.get(str(inner.dst), target)
+    outer.fields.setdefault("src", sender.mac)
+    outer.fields.setdefault("dst", target)
 
 
 def _layers() -> dict[str, Any]:
@@ -121,9 +167,9 @@ def _part(node: ast.expr, layers: dict[str, Any]) -> Any:
     if arguments and name not in ("Raw", "Padding"):
         raise PacketTextError(f"{where}: name the fields of {name}, as in {_EXAMPLE}")
     known = [field.name for field in layers[name].fields_desc]
-    for field in keywords:
-        if field not in known:
-            raise PacketTextError(f"{where}: {name} has no field {field}; it has {', '.join(known)}")
+    for given in keywords:
+        if given not in known:
+            raise PacketTextError(f"{where}: {name} has no field {given}; it has {', '.join(known)}")
     try:
         return layers[name](*arguments, **keywords)
     except Exception as error:  # scapy raises what its fields raise

@@ -37,7 +37,9 @@ __all__ = ["demo", "doctor", "lab_app"]
 T = TypeVar("T")
 
 lab_app = typer.Typer(
-    no_args_is_help=True, help="Labs: bring up, use and take down what a YAML file describes."
+    no_args_is_help=True,
+    add_completion=False,
+    help="Labs: bring up, use and take down what a YAML file describes.",
 )
 
 

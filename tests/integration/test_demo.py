@@ -51,10 +51,10 @@ def home() -> Iterator[Path]:
         shutil.rmtree(directory)
 
 
-def vswitch(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def vswitch(home: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-P", "-m", "vswitchctl", *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(home)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(home), **environment},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -84,6 +84,14 @@ def test_the_last_line_is_the_verdict_and_progress_is_told(home: Path) -> None:
     )
     assert done.stdout.splitlines()[-2].startswith("ok     nothing_left")
     assert "[ 1/12] a daemon of its own runs" in done.stderr
+
+
+def test_namespaces_and_links_need_no_program_but_python(home: Path) -> None:
+    """No `ip`, `unshare` or `ping` of this machine is run: there is none on the path."""
+    (home / "empty").mkdir()
+    done = vswitch(home, "demo", "-o", "json", PATH=str(home / "empty"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [check["name"] for check in json.loads(done.stdout)["checks"]] == NAMES
 
 
 def test_an_ordinary_user_without_capabilities_runs_the_demo(home: Path) -> None:

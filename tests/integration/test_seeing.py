@@ -140,6 +140,8 @@ def test_telnet_is_blocked_seen_explained_and_restored(pair: RunningDaemon) -> N
         assert "=> dropped: FILTERED: block_telnet: " in traced
         assert "telnet is not allowed here" in traced
         assert "l4_dst" in traced
+        short = checked(pair.cli("trace", "s0/a", "--packet", 'Ether()/IP(dst="10.0.0.2")/TCP(dport=80)'))
+        assert "=> delivered to s0/b\n" in short, "what is left open is as the port's NIC would send it"
         checked(pair.cli("extension", "unload", "s0/block_telnet"))
         assert connect(pair, 23) == "refused", "restored"
     dropped = [record for record in records if record.drop_code is not None]
@@ -184,6 +186,39 @@ def test_trace_of_a_file_says_what_then_happens(default_pair: RunningDaemon, tmp
     before = pair.client.get_port("s0/b").counters.out_packets
     assert checked(pair.cli("inject", "s0/a", str(file))).startswith("1 frames")
     eventually(lambda: pair.client.get_port("s0/b").counters.out_packets > before)
+
+
+def test_a_capture_on_a_pipe_is_there_while_it_runs(default_pair: RunningDaemon) -> None:
+    """As `... --write - | wireshark -k -i -` needs it: whole blocks at once, not at the end."""
+    pair = default_pair
+    environment = {**os.environ, "VSWITCH_RUN_DIR": str(pair.run_dir), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-P", "-m", "vswitchctl.main"]
+    with (
+        subprocess.Popen(
+            [*command, "capture", "start", "s0", "--write", "-"], env=environment, stdout=subprocess.PIPE
+        ) as capture,
+        subprocess.Popen(
+            [*command, "capture", "show", "-"],
+            env=environment | {"PYTHONUNBUFFERED": "1"},
+            stdin=capture.stdout,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as show,
+    ):
+        assert capture.stdout is not None
+        assert show.stdout is not None
+        capture.stdout.close()
+        try:
+            eventually(lambda: len(pair.client.list_captures()) == 1)
+            assert ping(pair, 1) == 1
+            while "echo reply" not in (line := show.stdout.readline()):
+                assert line, "the reader ended before it saw the ping"
+            assert capture.poll() is None, "the packets were shown while the capture ran"
+        finally:
+            capture.send_signal(signal.SIGINT)
+        assert capture.wait(20) == 0
+        show.stdout.read()
+        assert show.wait(20) == 0
 
 
 def line_of(record: Record) -> str:

@@ -14,7 +14,7 @@ import typer
 from vswitchctl import names, session
 from vswitchctl.aio import AsyncClient
 from vswitchctl.errors import VswitchError
-from vswitchctl.output import Columns, Format, write_list
+from vswitchctl.output import Columns, Format, write_list, write_plain
 from vswitchctl.session import Output, ShowRpc
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Live pcapng of ports or of VMBus.")
@@ -131,6 +131,7 @@ def show(
     file: Annotated[Path, typer.Argument(help="A pcapng or pcap file; - for standard input.")],
     filter_: Annotated[str, typer.Option("--filter", help="pcap filter expression, as for tcpdump.")] = "",
     drops: Annotated[bool, typer.Option("--drops", help="Only dropped frames.")] = False,
+    output: Output = Format.TABLE,
 ) -> None:
     """A file in words, a line per packet, drops with their reason."""
     from vswitchctl import capture_file, capture_show
@@ -140,5 +141,8 @@ def show(
         records = filter(capture_show.compile_filter(filter_), records)
     if drops:
         records = (record for record in records if record.drop_code is not None)
+    if output is not Format.TABLE:
+        write_plain([capture_show.plain(record) for record in records], output)
+        return
     for line in capture_show.lines(records):
         typer.echo(line)

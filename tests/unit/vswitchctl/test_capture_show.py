@@ -16,7 +16,7 @@ from scapy.packet import Raw
 from scapy.utils import wrpcap, wrpcapng
 
 from vswitchctl.capture_file import CaptureFileError, Record, read, read_file, read_frames
-from vswitchctl.capture_show import FilterError, compile_filter, line, lines
+from vswitchctl.capture_show import FilterError, compile_filter, line, lines, plain
 from vswitchctl.frame_text import describe
 
 ETHER = Ether(dst="02:00:00:00:00:02", src="02:00:00:00:00:01")
@@ -99,6 +99,13 @@ def test_a_line_has_time_port_direction_frame_and_drop() -> None:
         "  [dropped: Filtered (8) by t: no telnet]"
     )
     assert line(record(SYN, drop_code=8)).endswith("[dropped: reason 8]")
+
+
+def test_programs_get_the_same_as_plain_values() -> None:
+    shown = plain(record(SYN, direction="in", drop_code=8, comment="dropped", packet_id=1))
+    assert shown["summary"] == "10.0.0.1:4000 > 10.0.0.2:23 TCP SYN seq 9 len 0"
+    assert (shown["drop_code"], shown["comment"], shown["packet_id"]) == (8, "dropped", 1)
+    assert bytes.fromhex(str(shown["data"])) == bytes(SYN)
 
 
 def test_terminal_control_characters_of_a_capture_are_not_printed() -> None:

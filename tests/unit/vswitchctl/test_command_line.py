@@ -54,6 +54,38 @@ def test_show_rpc_prints_the_call_before_it_fails() -> None:
     assert json.loads(request) == {"switch_id": "s0", "switch": {"engine": "ENGINE_PYTHON"}}
 
 
+GROUPS = [
+    "switch",
+    "port",
+    "nic",
+    "partition",
+    "extension",
+    "capture",
+    "trace",
+    "inject",
+    "lab",
+    "daemon",
+    "demo",
+    "doctor",
+    "watch",
+]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_group_is_there_and_says_what_it_is_for(group: str) -> None:
+    overview = run("--help").stdout
+    assert f" {group} " in overview
+    done = run(group, "--help", COLUMNS="200")
+    assert done.returncode == 0, done.stderr
+    assert f"Usage: vswitch {group}" in done.stdout
+    assert "completion" not in done.stdout
+
+
+def test_a_missing_file_is_named_in_words() -> None:
+    done = run("capture", "show", "/no/such/file.pcapng")
+    assert (done.returncode, done.stderr) == (2, "error: /no/such/file.pcapng: No such file or directory\n")
+
+
 def test_help_imports_neither_grpc_nor_labs() -> None:
     code = (
         "import sys; sys.argv = ['vswitch', '--help']\n"

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from scapy.layers.inet import IP, TCP
+from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.packet import Raw
 
-from vswitchctl.packets import PacketTextError, parse_packet
+from vswitchctl.packets import PacketTextError, Sender, parse_packet
 
 MACS = 'dst="02:00:00:00:00:02", src="02:00:00:00:00:01"'
 ETHER = Ether(dst="02:00:00:00:00:02", src="02:00:00:00:00:01")
@@ -36,11 +37,14 @@ def test_hex_is_taken_as_it_stands(text: str) -> None:
             f'Ether({MACS})/IP(src="10.0.0.1", dst="10.0.0.2")/TCP(sport=1, dport=23, flags="S")',
             ETHER / IP(src="10.0.0.1", dst="10.0.0.2") / TCP(sport=1, dport=23, flags="S"),
         ),
-        (f'Ether({MACS})/Dot1Q(vlan=7)/ARP(op=2)/"hello"', ETHER / Dot1Q(vlan=7) / ARP(op=2) / Raw(b"hello")),
-        (f"Ether({MACS})/IP()/Raw(b'\\x00\\xff')", ETHER / IP() / Raw(b"\x00\xff")),
+        (
+            f'Ether({MACS})/Dot1Q(vlan=7)/ARP(op=2)/"hello"',
+            ETHER / Dot1Q(vlan=7) / ARP(op=2, hwsrc="00:00:00:00:00:00", psrc="0.0.0.0") / Raw(b"hello"),
+        ),
+        (f"Ether({MACS})/IP()/Raw(b'\\x00\\xff')", ETHER / IP(src="0.0.0.0") / Raw(b"\x00\xff")),
         (
             f'Ether({MACS})/IP()/TCP(options=[("MSS", 1460), ("NOP", None)])',
-            ETHER / IP() / TCP(options=[("MSS", 1460), ("NOP", None)]),
+            ETHER / IP(src="0.0.0.0") / TCP(options=[("MSS", 1460), ("NOP", None)]),
         ),
         (f"Ether({MACS}, type=-1 + 0x88B6)", None),
     ],
@@ -110,3 +114,43 @@ def test_without_scapy_hex_works_and_an_expression_names_the_remedy(monkeypatch:
     assert len(parse_packet("00" * 14)) == 14
     with pytest.raises(PacketTextError, match=r"pip install 'vswitch\[scapy\]'; or give the frame in hex"):
         parse_packet("Ether()")
+
+
+SENDER = Sender(
+    "02:00:00:00:00:01",
+    ("10.0.0.1", "fd77::1"),
+    {"10.0.0.2": "02:00:00:00:00:02", "fd77::2": "02:00:00:00:00:02"},
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "frame"),
+    [
+        (
+            'Ether()/IP(dst="10.0.0.2")/TCP(dport=23)',
+            ETHER / IP(src="10.0.0.1", dst="10.0.0.2") / TCP(dport=23),
+        ),
+        ('Ether()/IPv6(dst="fd77::2")/TCP()', ETHER / IPv6(src="fd77::1", dst="fd77::2") / TCP()),
+        (
+            'Ether()/ARP(pdst="10.0.0.2")',
+            Ether(src="02:00:00:00:00:01", dst="ff:ff:ff:ff:ff:ff")
+            / ARP(hwsrc="02:00:00:00:00:01", psrc="10.0.0.1", pdst="10.0.0.2"),
+        ),
+        (
+            'Ether()/Dot1Q(vlan=7)/IP(src="10.9.9.9", dst="10.0.0.9")',
+            Ether(src="02:00:00:00:00:01", dst="ff:ff:ff:ff:ff:ff")
+            / Dot1Q(vlan=7)
+            / IP(src="10.9.9.9", dst="10.0.0.9"),
+        ),
+    ],
+)
+def test_what_is_left_open_is_as_the_nic_would_send_it(
+    text: str, frame: Raw, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("scapy asked this machine's network")
+
+    monkeypatch.setattr("scapy.layers.l2.getmacbyip", never)
+    monkeypatch.setattr("scapy.layers.inet6.getmacbyip6", never)
+    assert parse_packet(text, SENDER) == bytes(frame)
+    assert capfd.readouterr().err == ""
