@@ -13,12 +13,15 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import vswitch_native
 import vswitchlab.demo as demo
 from vswitchctl.output import Format
+from vswitchlab import processes
+from vswitchlab.demo import checks
 from vswitchlab.demo.stage import CheckFailed, Stage
 from vswitchlab.doctor import Facts, gather
 
@@ -147,6 +150,33 @@ def usable(python: str) -> bool:
         return subprocess.run(command, capture_output=True, cwd="/", timeout=30, check=False).returncode == 0
     except OSError:
         return False
+
+
+async def test_another_kind_of_link_where_a_tap_works_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A veth pair would do, and is not what was promised."""
+    held = {
+        number: processes.Holdings(number, memory={number}, doors={number}, events=3, taps={"eth0"})
+        for number in (1001, 1002)
+    }
+    monkeypatch.setattr(processes, "holdings", held.__getitem__)
+    monkeypatch.setattr(processes, "namespace", lambda pid, kind: pid)
+    monkeypatch.setattr(processes, "interfaces", lambda pid: ["eth0", "lo"])
+    monkeypatch.setattr(Stage, "note_processes", nothing_to_note)
+    unused: Any = None
+    stage = Stage(unused, unused, "python", Path(), unused, tap_expected=True)
+    stage.agents, stage.namespaces = {"a": 1001, "b": 1002}, {1001, 1002}
+    assert "1 TAP" in await checks.no_shortcut(stage)
+    held[1002].taps.clear()
+    with pytest.raises(CheckFailed, match="guest b holds the TAPs none, not just that of eth0"):
+        await checks.no_shortcut(stage)
+    held[1002].taps.add("eth0")
+    held[1002].others.append("a file /etc/passwd")
+    with pytest.raises(CheckFailed, match=r"guest b .* also holds a file /etc/passwd"):
+        await checks.no_shortcut(stage)
+
+
+async def nothing_to_note(stage: Stage) -> None:
+    """The processes of this test are made up."""
 
 
 async def wrong(stage: Stage) -> str:
