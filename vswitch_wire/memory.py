@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from . import aio
 from .errors import MemoryAccessError
 from .vmbus import PAGE_SIZE
 
@@ -306,15 +307,22 @@ class Eventfd:
 
 
 def signal_fd(fd: int) -> None:
-    """Adds 1 to the eventfd `fd`; a full counter is already a wake-up.
-
-    O_NONBLOCK belongs to the open file description, which the peer shares and may change: hence the poll.
-    """
+    """Adds 1 to the eventfd `fd`, which no hostile peer shares; a full counter is already a wake-up."""
     poller = select.poll()
     poller.register(fd, select.POLLOUT)
     if poller.poll(0):
         with contextlib.suppress(BlockingIOError):
             os.eventfd_write(fd, 1)
+
+
+def signal_shared_fd(fd: int) -> None:
+    """As `signal_fd`, for an eventfd that a hostile peer shares: nothing it does makes this wait.
+
+    Where the kernel has no AIO, this is `signal_fd`, and a peer that fills the counter between poll and write
+    can hold the caller.
+    """
+    if not aio.signal(fd):
+        signal_fd(fd)
 
 
 def drain_fd(fd: int) -> int:
@@ -332,6 +340,7 @@ class Interrupt:
 
     def __init__(self, memory: GuestMemory, fd: int) -> None:
         """`fd` is duplicated: the caller keeps and closes its own."""
+        aio.available()
         self._memory = memory
         self._fd = os.dup(fd)
         self._flag: tuple[int, int] | None = None
@@ -360,7 +369,7 @@ class Interrupt:
         if self._flag is not None:
             self._memory.set_flag(*self._flag)
         if self._fd >= 0:
-            signal_fd(self._fd)
+            signal_shared_fd(self._fd)
 
     def close(self) -> None:
         """Closes the duplicate of the eventfd; signals are no-ops from then on."""

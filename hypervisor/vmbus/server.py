@@ -36,7 +36,7 @@ from hypervisor.vmbus.negotiation import (
 from vswitch_wire import vmbus
 from vswitch_wire.errors import WireError
 from vswitch_wire.hypercall import HvStatus
-from vswitch_wire.memory import signal_fd
+from vswitch_wire.memory import signal_shared_fd
 from vswitch_wire.synic import HVMSG_VMBUS, Message
 from vswitch_wire.vmbus import VmbusVersion
 
@@ -141,7 +141,7 @@ class VmbusServer:
         channel = self._channels.get(connection_id - CONNECTION_ID_BASE)
         if channel is None or channel.opened is None:
             return HvStatus.INVALID_CONNECTION_ID
-        signal_fd(channel.opened.doorbell_fd)
+        signal_shared_fd(channel.opened.doorbell_fd)
         return HvStatus.SUCCESS
 
     def post_message(self, connection_id: int, message_type: int, payload: bytes) -> HvStatus:

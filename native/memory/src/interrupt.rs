@@ -22,6 +22,7 @@ pub struct Interrupt {
 impl Interrupt {
     /// `fd` is duplicated.
     pub fn new(memory: Arc<GuestMemory>, fd: RawFd) -> io::Result<Self> {
+        eventfd::prepare_shared();
         Ok(Self {
             memory,
             fd: duplicate(fd)?,
@@ -73,7 +74,7 @@ impl Interrupt {
             // The page was checked when it was set and regions never go while this lives.
             let _ = self.memory.set_flag(base, (packed & 0x7FF) as u32);
         }
-        eventfd::signal(self.fd.as_raw_fd());
+        eventfd::signal_shared(self.fd.as_raw_fd());
     }
 }
 

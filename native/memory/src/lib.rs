@@ -7,6 +7,7 @@ use std::fmt;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
+mod aio;
 pub mod eventfd;
 mod interrupt;
 mod mapping;

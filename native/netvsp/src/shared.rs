@@ -188,7 +188,7 @@ impl Shared {
     pub(crate) fn command(&self, command: Command) {
         lock(&self.commands).push_back(command);
         self.has_commands.store(true, Ordering::Release);
-        eventfd::signal(self.doorbell.as_raw_fd());
+        eventfd::signal_shared(self.doorbell.as_raw_fd());
     }
 
     pub(crate) fn has_commands(&self) -> bool {

@@ -270,7 +270,7 @@ impl PyInterrupt {
     }
 }
 
-/// Adds 1 to the eventfd `fd`; never blocks.
+/// Adds 1 to the eventfd `fd`, which no hostile peer shares; never blocks.
 #[pyfunction]
 fn signal_fd(fd: RawFd) {
     eventfd::signal(fd);

@@ -257,7 +257,7 @@ impl Link {
             self.backlog.pop_front();
         }
         if self.writer.commit().map_err(|error| error.to_string())? {
-            eventfd::signal(self.request_fd.as_raw_fd());
+            eventfd::signal_shared(self.request_fd.as_raw_fd());
         }
         Ok(())
     }
@@ -306,7 +306,7 @@ impl Link {
                 }
             }
             if self.reader.commit().map_err(|error| error.to_string())? {
-                eventfd::signal(self.request_fd.as_raw_fd());
+                eventfd::signal_shared(self.request_fd.as_raw_fd());
             }
             if !self.reader.unmask().map_err(|error| error.to_string())? {
                 return Ok(());

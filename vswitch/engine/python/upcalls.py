@@ -28,7 +28,7 @@ from vswitch.upcall import (
     UpcallRequest,
 )
 from vswitch_wire import packet as ring_packet
-from vswitch_wire.memory import GuestMemory, Region, drain_fd, signal_fd
+from vswitch_wire.memory import GuestMemory, Region, drain_fd, signal_shared_fd
 from vswitch_wire.ring import RingReader, RingWriter
 
 __all__ = ["ExtensionLink", "Settled"]
@@ -113,7 +113,7 @@ class ExtensionLink(Generic[W]):
                 self._given_up.discard(upcall_id)
             self._backlog.popleft()
         if self._writer.commit():
-            signal_fd(self.request_fd)
+            signal_shared_fd(self.request_fd)
 
     def replies(self, settled: list[Settled[W]]) -> None:
         """Appends what the extension answered, in its order. Raises ValueError at the first that is no
@@ -127,7 +127,7 @@ class ExtensionLink(Generic[W]):
             for data in packets:
                 self._take(data, settled)
             if self._reader.commit():
-                signal_fd(self.request_fd)
+                signal_shared_fd(self.request_fd)
             if not packets and not self._reader.unmask():
                 return
 
