@@ -116,6 +116,52 @@ fn addresses_age_by_the_clock_that_was_given() {
     assert_eq!(rows(&worker), Ok(0));
 }
 
+/// A guest that sends without a pause.
+struct Flood(QueuePeer);
+
+impl Endpoint for Flood {
+    fn wake_fd(&self) -> RawFd {
+        self.0.fd()
+    }
+
+    fn receive(&mut self, batch: &mut Batch) -> bool {
+        while batch.push(&broadcast(9), Meta::default()) {}
+        true
+    }
+
+    fn transmit(&mut self, _frame: &FrameRef<'_>) -> Result<(), DropReason> {
+        Ok(())
+    }
+
+    fn flush(&mut self) {}
+
+    fn rearm(&mut self) -> bool {
+        true
+    }
+}
+
+#[test]
+fn a_barrier_ends_although_a_guest_never_stops_sending() {
+    let worker = Arc::new(start(Clock::manual()));
+    let _a = add(&worker, 1);
+    let (peer, _endpoint) = pair(1).unwrap();
+    let (done, finished) = std::sync::mpsc::channel();
+    let caller = Arc::clone(&worker);
+    std::thread::spawn(move || {
+        caller
+            .call(|state| {
+                state.core.add_port(2, "p2".into(), 1500).unwrap();
+                state.core.attach(2, Box::new(Flood(peer)));
+                state.barrier(1, &mut Batch::new());
+                state.core.detach(2);
+            })
+            .unwrap();
+        done.send(()).unwrap();
+    });
+    let ended = finished.recv_timeout(Duration::from_secs(20));
+    assert!(ended.is_ok(), "the worker is held for ever");
+}
+
 #[test]
 fn a_closed_tap_costs_and_gets_nothing() {
     let worker = start(Clock::manual());
