@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from netvsp import limits, receive_path, rndis_data
 from netvsp.receive_buffer import ReceiveBuffer, ReceiveBufferError
+from netvsp.tape import Tape
 from vswitch.drops import DropReason
 from vswitch.endpoint import Frame
 from vswitch_wire import nvsp, packet, rndis
@@ -125,7 +126,7 @@ class Channel:
         self._counters: Counter[str] = Counter()
         self._drops: Counter[DropReason] = Counter()
         self._untold_drops: Counter[DropReason] = Counter()
-        self._tapped: deque[tuple[int, str, bytes]] | None = None
+        self._tape: Tape | None = None
 
     # Control plane: what the NIC calls.
 
@@ -216,16 +217,12 @@ class Channel:
 
     def tap(self, on: bool) -> None:
         """Starts or stops keeping a copy of every ring packet."""
-        self._tapped = deque(maxlen=limits.TAP_PACKETS) if on else None
+        self._tape = Tape() if on else None
 
     def take_tapped(self) -> list[tuple[int, str, bytes]]:
         """(nanoseconds since the epoch, ``in`` from the guest or ``out`` to it, packet bytes) since
         the last call."""
-        if self._tapped is None:
-            return []
-        taken = list(self._tapped)
-        self._tapped.clear()
-        return taken
+        return [] if self._tape is None else self._tape.take()
 
     def close(self) -> None:
         """Lets go of the rings and buffers; the port must be detached before."""
@@ -329,8 +326,8 @@ class Channel:
     def _take_packet(self, raw: bytes) -> None:
         if not self._alive():
             return
-        if self._tapped is not None:
-            self._tapped.append((self._clock_ns(), "in", raw))
+        if self._tape is not None:
+            self._tape.push(self._clock_ns(), "in", raw)
         kind, flags, transaction_id = struct.unpack_from("<H4xHQ", raw)
         requested = bool(flags & packet.VMBUS_DATA_PACKET_FLAG_COMPLETION_REQUESTED)
         if kind not in (packet.VM_PKT_DATA_INBAND, packet.VM_PKT_DATA_USING_GPA_DIRECT, packet.VM_PKT_COMP):
@@ -443,6 +440,11 @@ class Channel:
         self._queue_control(ControlPacket("rndis", transaction_id, False, data[:length]))
 
     def _queue_control(self, item: ControlPacket) -> None:
+        if len(item.payload) > limits.MAX_CONTROL_BYTES:
+            self._lose(
+                f"control message of {len(item.payload)} bytes, at most {limits.MAX_CONTROL_BYTES} expected"
+            )
+            return
         if len(self._control) >= limits.MAX_CONTROL_QUEUED:
             self._lose(
                 f"more than {limits.MAX_CONTROL_QUEUED} control messages without waiting for an answer"
@@ -517,8 +519,8 @@ class Channel:
     def _write(self, encoded: bytes) -> bool:
         if not self._writer.write(encoded):
             return False
-        if self._tapped is not None:
-            self._tapped.append((self._clock_ns(), "out", encoded))
+        if self._tape is not None:
+            self._tape.push(self._clock_ns(), "out", encoded)
         return True
 
     def _write_completions(self) -> None:

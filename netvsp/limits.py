@@ -31,6 +31,8 @@ MAX_CONTROL_BACKLOG_BYTES = 100 * 1024
 MAX_COMPLETIONS_QUEUED = 1024
 """Completions waiting for room in the ring; reading the guest's packets stops there."""
 TAP_PACKETS = 4096
+TAP_BYTES = 16 << 20
+"""Ring packets kept for a capture that has not asked; the oldest go."""
 
 
 def sub_allocation_size(mtu: int) -> int:

@@ -13,6 +13,7 @@ pub const MAX_CONTROL_QUEUED: usize = 256;
 pub const MAX_CONTROL_BACKLOG_BYTES: usize = 100 * 1024;
 pub const MAX_COMPLETIONS_QUEUED: usize = 1024;
 pub const TAP_PACKETS: usize = 4096;
+pub const TAP_BYTES: usize = 16 << 20;
 pub const MAX_PACKETS_PER_MESSAGE: usize = 8;
 /// Ring packets taken in one call: no flood of control packets holds a worker.
 pub const PACKETS_PER_TURN: usize = 64;

@@ -11,7 +11,7 @@ use vswitch_memory::{eventfd, BufferView};
 use vswitch_switch::drops::DropReason;
 
 use crate::fd;
-use crate::limits::{MAX_CONTROL_QUEUED, TAP_PACKETS};
+use crate::limits::{MAX_CONTROL_QUEUED, TAP_BYTES, TAP_PACKETS};
 
 /// What the control plane tells the worker; done in order.
 pub(crate) enum Command {
@@ -83,6 +83,26 @@ pub struct Tapped {
     pub packet: Vec<u8>,
 }
 
+/// What the tap saw and nobody has asked for yet.
+#[derive(Default)]
+struct Tape {
+    packets: VecDeque<Tapped>,
+    bytes: usize,
+}
+
+impl Tape {
+    fn push(&mut self, tapped: Tapped) {
+        self.bytes += tapped.packet.len();
+        self.packets.push_back(tapped);
+        while self.packets.len() > TAP_PACKETS || self.bytes > TAP_BYTES {
+            let Some(oldest) = self.packets.pop_front() else {
+                break;
+            };
+            self.bytes -= oldest.packet.len();
+        }
+    }
+}
+
 macro_rules! counters {
     ($($name:ident),+ $(,)?) => {
         /// Counters since the channel was opened; the worker alone writes them.
@@ -152,7 +172,7 @@ pub struct Shared {
     control: Mutex<VecDeque<ControlPacket>>,
     fault: Mutex<Option<String>>,
     tap: AtomicBool,
-    tapped: Mutex<VecDeque<Tapped>>,
+    tapped: Mutex<Tape>,
     pub(crate) counters: Counters,
     drops: [Counter; REASONS.len()],
     doorbell: OwnedFd,
@@ -235,18 +255,14 @@ impl Shared {
     /// Starts or stops keeping a copy of every ring packet; what was kept is forgotten.
     pub fn tap(&self, on: bool) {
         self.tap.store(on, Ordering::Relaxed);
-        lock(&self.tapped).clear();
+        *lock(&self.tapped) = Tape::default();
     }
 
     pub(crate) fn record(&self, from_guest: bool, packet: &[u8]) {
         let timestamp_ns = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| since.as_nanos() as u64);
-        let mut tapped = lock(&self.tapped);
-        if tapped.len() == TAP_PACKETS {
-            tapped.pop_front();
-        }
-        tapped.push_back(Tapped {
+        lock(&self.tapped).push(Tapped {
             timestamp_ns,
             from_guest,
             packet: packet.to_vec(),
@@ -255,7 +271,7 @@ impl Shared {
 
     /// Ring packets since the last call; the oldest are lost when nobody asks.
     pub fn take_tapped(&self) -> VecDeque<Tapped> {
-        std::mem::take(&mut *lock(&self.tapped))
+        std::mem::take(&mut *lock(&self.tapped)).packets
     }
 
     pub(crate) fn count_drop(&self, reason: DropReason) {
@@ -277,5 +293,34 @@ impl Shared {
             .map(|(reason, count)| (*reason as u16, count.get()))
             .filter(|(_, count)| *count > 0)
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tap_that_nobody_reads_keeps_a_bounded_number_of_bytes() {
+        let mut tape = Tape::default();
+        for number in 0..200 {
+            tape.push(Tapped {
+                timestamp_ns: number,
+                from_guest: true,
+                packet: vec![0; 512 << 10],
+            });
+        }
+        assert_eq!(tape.bytes, TAP_BYTES);
+        assert_eq!(tape.packets.len(), 32);
+        assert_eq!(tape.packets.back().map(|last| last.timestamp_ns), Some(199));
+        for number in 0..5000 {
+            tape.push(Tapped {
+                timestamp_ns: number,
+                from_guest: true,
+                packet: vec![0; 16],
+            });
+        }
+        assert_eq!(tape.packets.len(), TAP_PACKETS);
+        assert_eq!(tape.bytes, 16 * TAP_PACKETS);
     }
 }

@@ -245,3 +245,11 @@ async def test_every_mtu_leaves_room_for_control_answers(mtu: int) -> None:
     assert len((await guest.query(0x00020216)).info) == 512
     assert (await guest.query(0x00010106)).info == mtu.to_bytes(4, "little")
     await guest.close()
+
+
+async def test_a_control_message_longer_than_any_costs_the_channel(guest: ScriptedGuest) -> None:
+    await guest.open()
+    guest.inband(nvsp.Init(0x50000, 0x50000).pack(40).ljust(9000, b"\0"))
+    await guest.pump()
+    assert len(guest.faults) == 1
+    assert "at most 8192 expected" in guest.faults[0]

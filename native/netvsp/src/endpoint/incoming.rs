@@ -88,6 +88,12 @@ impl ChannelEndpoint {
     }
 
     fn queue_control(&mut self, kind: ControlKind, id: u64, requested: bool, payload: &[u8]) {
+        if payload.len() > MAX_CONTROL_BYTES {
+            return self.lose(format_args!(
+                "control message of {} bytes, at most {MAX_CONTROL_BYTES} expected",
+                payload.len()
+            ));
+        }
         if !self.shared.control_has_room() {
             return self.lose(format_args!(
                 "more than {MAX_CONTROL_QUEUED} control messages without waiting for an answer"
