@@ -108,7 +108,7 @@ def _report(error: Exception) -> int:
         session.report(error.message, error.remedy)
         return session.exit_code(error)
     if isinstance(error, LaunchError):
-        session.report(str(error))
+        session.report(str(error).removeprefix("vswitchd: "))
         return session.EXIT_FAILED
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         session.report(f"{os.fsdecode(error.filename)}: {error.strerror}")

@@ -168,6 +168,7 @@ def test_a_second_daemon_in_the_same_directory_is_refused_by_its_words(daemon: R
         start_daemon(daemon.run_dir)
     again = daemon.cli("daemon", "start")
     assert again.returncode == 1
+    assert again.stderr.startswith("error: a vswitch daemon (pid ")
     assert "already serves" in again.stderr
     assert daemon.client.get_info().pid == daemon.process.pid
 

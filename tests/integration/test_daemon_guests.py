@@ -235,6 +235,11 @@ def test_an_orderly_end_leaves_guests_to_the_next_daemon(pair: RunningDaemon) ->
     pair.restart()
     assert pair.client.get_partition("a").pid == pid
     assert ping(pair)
+    done = pair.cli("daemon", "stop")
+    assert done.stderr == "2 guests live on and wait 30 s for `vswitch daemon start`\n"
+    assert alive(pid)
+    pair.restart()
+    assert pair.client.get_partition("a").pid == pid
 
 
 def test_stopping_the_guests_too_leaves_no_process(pair: RunningDaemon) -> None:

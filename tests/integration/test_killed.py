@@ -248,6 +248,7 @@ def test_guests_outlive_a_killed_daemon_and_pings_resume_with_the_next(world: Wo
     print(f"{world.engine}: daemon away for {away}; gap {gap}, {result['lost']} of {result['sent']} lost")
     assert result["received"] > 100
     assert result["largest_gap_ms"] < (started - killed + 3) * 1000
+    assert result["lost"] * INTERVAL < result["largest_gap_ms"] / 1000 + 1, "pings are lost in the gap alone"
     with bystanders(world):
         time.sleep(1)
     world.lab_down()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from typing import Annotated
 
 import typer
 
-from vswitch_api.v1 import daemon_pb2
+from vswitch_api.v1 import daemon_pb2, partition_pb2
 from vswitchctl import names, paths, session
 from vswitchctl.commands.choices import EngineChoice, engine_text, short_enum
 from vswitchctl.output import Columns, Format, write_one
@@ -99,12 +100,18 @@ def stop(
     """End the daemon."""
     with session.client(show_rpc) as client:
         pid = client.get_info().pid
+        alive = partition_pb2.PARTITION_STATE_RUNNING
+        running = [each for each in client.list_partitions() if each.state == alive]
         client.shutdown(stop_guests=stop_guests)
     deadline = time.monotonic() + 30.0
     while os.path.exists(f"/proc/{pid}") and not _is_zombie(pid):
         if time.monotonic() > deadline:
             raise TimeoutError(f"the daemon (pid {pid}) has not ended within 30 s; see its log")
         time.sleep(0.02)
+    if running and not stop_guests:
+        shortest = min(each.process.grace.ToTimedelta().total_seconds() for each in running)
+        guests = "1 guest lives" if len(running) == 1 else f"{len(running)} guests live"
+        sys.stderr.write(f"{guests} on and wait {shortest:g} s for `vswitch daemon start`\n")
 
 
 @app.command()
