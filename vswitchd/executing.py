@@ -9,7 +9,8 @@ import os
 import signal
 import struct
 import termios
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
 
 from hypervisor import AgentError, DoorLost, GuestProcess
 from hypervisor.partition import PartitionError
@@ -72,10 +73,12 @@ class Executor:
             yield partition_pb2.ExecResponse(started=partition_pb2.ExecStarted())
             feeding = asyncio.create_task(_feed(iterator, streams, process))
             ended = asyncio.create_task(process.wait())
-            async for response in streams.output(ended):
-                yield response
-                if feeding.done():
-                    feeding.result()
+            # Closed here, not when it is collected: its readers go before the descriptors do.
+            async with contextlib.aclosing(streams.output(ended)) as output:
+                async for response in output:
+                    yield response
+                    if feeding.done():
+                        feeding.result()
             try:
                 code = os.waitstatus_to_exitcode((await ended)[0])
             except DoorLost as error:
@@ -89,13 +92,23 @@ class Executor:
             # The caller may be sending input still: a stream that ended under it would lose the exit for it.
             await asyncio.wait([feeding], timeout=CALLER_SECONDS)
         finally:
-            for task in (feeding, ended):
-                if task is not None:
-                    task.cancel()
             if process is not None:
                 with contextlib.suppress(PartitionError, DoorLost):
                     process.kill(signal.SIGKILL)
-            streams.close()
+            try:
+                # They let go of the descriptors before these are closed: the numbers are used again at once.
+                await _cancelled(feeding, ended)
+            finally:
+                streams.close()
+
+
+async def _cancelled(*tasks: asyncio.Future[Any] | None) -> None:
+    """Cancels what still runs and waits for its end."""
+    running = [task for task in tasks if task is not None]
+    for task in running:
+        task.cancel()
+    if running:
+        await asyncio.wait(running)
 
 
 async def _caller_ends(requests: AsyncIterator[partition_pb2.ExecRequest]) -> None:
@@ -178,7 +191,7 @@ class CommandStreams:
 
     async def output(
         self, ended: asyncio.Future[tuple[int, str]]
-    ) -> AsyncIterator[partition_pb2.ExecResponse]:
+    ) -> AsyncGenerator[partition_pb2.ExecResponse, None]:
         """What the command writes, until it and all that share its output are done.
 
         When the command has `ended` and something else keeps its output open, that is not waited for.

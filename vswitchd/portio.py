@@ -87,8 +87,10 @@ class PortIo:
             try:
                 while not reader.done():
                     waiting = asyncio.create_task(ready.wait())
-                    await asyncio.wait([reader, waiting], return_when=asyncio.FIRST_COMPLETED)
-                    waiting.cancel()
+                    try:
+                        await asyncio.wait([reader, waiting], return_when=asyncio.FIRST_COMPLETED)
+                    finally:
+                        waiting.cancel()
                     ready.clear()
                     frames = [port_pb2.Frame(data=data) for data in receive()]
                     for start in range(0, len(frames), MAX_FRAMES):
