@@ -28,6 +28,7 @@ log = logging.getLogger("vswitchd.access")
 
 MAX_CONNECTIONS = 512
 MAX_FOREIGN = 16
+LINGER_SECONDS = 5.0
 # asm-generic/socket.h, Linux 6.5.
 SO_PEERPIDFD = 77
 # struct ucred of SO_PEERCRED, unix(7): pid, uid, gid.
@@ -159,7 +160,7 @@ class _Half(asyncio.Protocol):
         if self.other._transport is None:
             self._transport.pause_reading()
         else:
-            self._transport.write(self.other._early)
+            self._transport.write(bytes(self.other._early))
             self.other._early.clear()
             self.other._transport.resume_reading()
 
@@ -183,5 +184,7 @@ class _Half(asyncio.Protocol):
             self._ended.set_result(None)
 
     def close(self) -> None:
+        """What is still to be written has a moment to go; a peer that takes nothing keeps no descriptor."""
         if self._transport is not None:
             self._transport.close()
+            asyncio.get_running_loop().call_later(LINGER_SECONDS, self._transport.abort)

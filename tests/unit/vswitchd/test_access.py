@@ -158,3 +158,38 @@ async def test_one_user_cannot_take_all_connections(monkeypatch: pytest.MonkeyPa
         await gate.close()
         for server in running:
             server.close()
+
+
+async def test_a_peer_that_takes_nothing_keeps_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "peer_credentials", lambda connection: (1, 4242, 4242))
+    monkeypatch.setattr(front, "LINGER_SECONDS", 0.3)
+    left: list[int] = []
+
+    async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # More than the peer's socket takes, less than would stop the front from reading on.
+        writer.write(bytes(240_000))
+        await asyncio.sleep(0.1)
+        left.extend(
+            half._transport.get_write_buffer_size() for half in gate._halves if half._transport is not None
+        )
+        writer.close()
+
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        servers = {each: root / each.name for each in Role}
+        running = [await asyncio.start_unix_server(flood, path=str(path)) for path in servers.values()]
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(root / "api"))
+        listener.listen(64)
+        gate = front.Front(listener, AccessPolicy({}, owner=7), servers)
+        gate.start()
+        before = len(os.listdir("/proc/self/fd"))
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.connect(str(root / "api"))
+            async with asyncio.timeout(5):
+                while not left or len(os.listdir("/proc/self/fd")) > before + 1:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+        assert max(left) > 0, "the peer's socket took everything"
+        await gate.close()
+        for server in running:
+            server.close()
