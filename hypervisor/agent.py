@@ -6,6 +6,7 @@ CONFIGURE, EXEC, KILL, and what comes back (docs/door.md section 9).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -92,7 +93,9 @@ class AgentRequests:
             self._send(door.Exec(tuple(argv), dict(env), cwd, tty), sequence, (stdin, stdout, stderr))
             pid = await started
         except asyncio.CancelledError:
-            self._send(door.Kill(sequence, 9), 0, ())
+            # A door that closed at the same moment has ended the program as well.
+            with contextlib.suppress(Exception):
+                self._send(door.Kill(sequence, 9), 0, ())
             raise
         except BaseException:
             self._running.pop(sequence, None)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import itertools
 import logging
 import os
 import socket
@@ -209,6 +210,8 @@ class Partition:
         """
         if self._detaching is not None:
             await asyncio.wait({self._detaching})
+        if self._deleting:
+            raise PartitionError(f"partition {self.name} is being deleted: it cannot be attached")
         if self._link is not None or self.state not in (PartitionState.CREATED, PartitionState.DETACHED):
             raise PartitionError(f"partition {self.name} is {self.state.value}: it cannot be attached")
         sock = self._connect()
@@ -401,9 +404,22 @@ class Partition:
             raise PartitionError(f"partition {self.name} is {self.state.value}: it has no open door")
         self._link.send(message, sequence, fds)
 
-    async def configure(self, config: Mapping[str, Any]) -> None:
-        """Give the agent host name, hosts and addresses. AgentError with the agent's text, DoorLost."""
-        await self._agent.configure(config)
+    async def configure(
+        self,
+        config: Mapping[str, Any],
+        timeout: float = 30.0,  # noqa: ASYNC109 - the clock is injected
+    ) -> None:
+        """Give the agent host name, hosts and addresses. AgentError with the agent's text, DoorLost.
+
+        TimeoutError when the agent does not answer: no guest may hold whoever configures it.
+        """
+        asking = asyncio.ensure_future(self._agent.configure(config))
+        try:
+            await deadline(
+                self._hypervisor.clock, timeout, asking, f"partition {self.name}: answer to CONFIGURE"
+            )
+        finally:
+            asking.cancel()
 
     async def exec(
         self,
@@ -503,9 +519,11 @@ class Partition:
             raise HypercallFailure(HvStatus.PARTITION_TOO_DEEP)
         if len(self.children) >= self.quotas.children:
             raise HypercallFailure(HvStatus.NO_RESOURCES)
+        taken = {partition.name for partition in self._hypervisor.partitions.values()}
+        name = next(name for number in itertools.count(1) if (name := f"{self.name}.{number}") not in taken)
         try:
             child = self._hypervisor.new_partition(
-                f"{self.name}.{len(self.children) + 1}",
+                name,
                 memory_bytes=self.quotas.child_memory_bytes,
                 vp_count=1,
                 privileges=self.privileges,

@@ -296,13 +296,20 @@ class PartitionManager:
 
     async def _configure(self, record: PartitionRecord, partition: Partition) -> None:
         process = record.message.process
-        await partition.configure(
-            {
-                "hostname": process.hostname,
-                "hosts": {name: list(entry.addresses) for name, entry in sorted(process.hosts.items())},
-                "interfaces": [interface_config(nic) for _, nic in sorted(record.nics.items())],
-            }
-        )
+        document = {
+            "hostname": process.hostname,
+            "hosts": {name: list(entry.addresses) for name, entry in sorted(process.hosts.items())},
+            "interfaces": [interface_config(nic) for _, nic in sorted(record.nics.items())],
+        }
+        try:
+            await partition.configure(document)
+        except TimeoutError as error:
+            raise unavailable(
+                record.name,
+                f"{record.name}: its guest does not answer: {error}",
+                reason="GUEST_SILENT",
+                remedy=f"read {record.message.log_path}; stop it and start it again",
+            ) from error
 
     async def stop(self, name: str, seconds: float | None) -> PartitionRecord:
         record = self.find(name)

@@ -50,6 +50,7 @@ class Channel:
     reopen: vmbus.OpenChannel | None = None
     task: asyncio.Task[None] | None = None
     faults: list[str] = field(default_factory=list)
+    """Why the guest lost it, newest last, at most 16."""
 
     @property
     def key(self) -> ChannelKey:

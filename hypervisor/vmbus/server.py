@@ -400,8 +400,10 @@ class VmbusServer:
 
     def report_fault(self, channel: Channel, opened: OpenedChannel, text: str) -> None:
         """`OpenedChannel.report_fault`; from any thread."""
-        opened.faults.append(text)
-        if len(opened.faults) == 1:
+        first = not opened.faults
+        if len(opened.faults) < 16:
+            opened.faults.append(text)
+        if first:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._fault, channel, opened, text)
 
@@ -410,7 +412,7 @@ class VmbusServer:
             return
         _log.warning("partition %s: channel %d is taken away: %s", self.name, channel.relid, text)
         self.error(f"channel {channel.relid}: {text}")
-        channel.faults.append(text)
+        channel.faults = [*channel.faults[-15:], text]
         channel.withheld = text
         self._lifecycle.spawn(self._revoke(channel, keep_device=True))
 

@@ -321,3 +321,15 @@ async def test_modify_channel_is_answered_from_5_3_on(world: World) -> None:
         else:
             assert await guest.silent()
         guest.close()
+
+
+async def test_a_device_that_reports_faults_without_end_is_noted_a_few_times(world: World) -> None:
+    device = EchoDevice()
+    guest, offer = await booted(world, device)
+    await guest.vmbus.open(guest.offers[0], ring_pages=2)
+    opened = device.channels[offer.relid]
+    for number in range(100):
+        opened.report_fault(f"lie {number}")
+    assert opened.faults == [f"lie {number}" for number in range(16)]
+    await until(lambda: bool(guest.rescinds))
+    assert offer.channel.faults == ["lie 0"]

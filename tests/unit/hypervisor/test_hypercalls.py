@@ -226,3 +226,22 @@ async def test_a_plain_guest_may_not_create_partitions(world: World) -> None:
     )
     assert status == HvStatus.ACCESS_DENIED
     guest.close()
+
+
+async def test_a_guest_may_delete_and_create_partitions_in_any_order(world: World) -> None:
+    quotas = Quotas(children=2, child_memory_bytes=1 << 20)
+    partition = await world.host.create_partition("p", memory_bytes=1 << 20, privileges=PARENT, quotas=quotas)
+    taken = await world.host.create_partition("p.3", memory_bytes=1 << 20)
+    guest = await RawGuest(partition).attach()
+    create = hypercall.CreatePartition().pack()
+    for _ in range(2):
+        assert await guest.call(hypercall.HvCallCreatePartition, create, output=OUTPUT) == 0
+    for _ in range(4):
+        first = struct.pack("<Q", next(iter(partition.children)))
+        assert await guest.call(hypercall.HvCallFinalizePartition, first) == 0
+        assert await guest.call(hypercall.HvCallDeletePartition, first) == 0
+        assert await guest.call(hypercall.HvCallCreatePartition, create, output=OUTPUT) == 0
+    names = [entry.name for entry in world.host.partitions.values()]
+    assert len(set(names)) == len(names)
+    assert taken.parent is None
+    guest.close()

@@ -359,3 +359,58 @@ async def test_the_host_may_be_deaf_to_a_second_connection(world: World) -> None
     stranger.connect(str(guest.partition.door_path))
     assert await guest.door.read_msr(0, 0x40000002) == 0
     stranger.close()
+
+
+async def test_an_agent_that_never_answers_holds_nobody(world: World) -> None:
+    guest = await (await world.guest()).boot()
+    guest.door.handlers = {wire.FrameType.CONFIGURE: lambda sequence, message, fds: None}
+    with pytest.raises(TimeoutError, match="partition a: answer to CONFIGURE"):
+        await guest.partition.configure({"hostname": "a"}, timeout=0.05)
+    await guest.partition.delete()
+
+
+async def test_a_command_that_is_cancelled_as_the_door_breaks_is_cancelled(world: World) -> None:
+    guest = await (await world.guest()).boot()
+    guest.door.handlers = {wire.FrameType.EXEC: lambda sequence, message, fds: [os.close(fd) for fd in fds]}
+    starting = asyncio.ensure_future(guest.partition.exec(["sleep"], {}, 0, 1, 2))
+    await asyncio.sleep(0.01)
+    assert guest.partition._link is not None
+    guest.partition._link.close("cut")
+    await until(lambda: not guest.partition.attached)
+    again = asyncio.ensure_future(guest.partition.exec(["sleep"], {}, 0, 1, 2))
+    starting.cancel()
+    with pytest.raises((asyncio.CancelledError, DoorLost)):
+        await starting
+    with pytest.raises(PartitionError):
+        await again
+
+
+async def test_of_two_who_attach_at_once_one_does(world: World) -> None:
+    guest, _ = await opened(world)
+    assert guest.partition._link is not None
+    guest.partition._link.close("cut")
+    await until(lambda: not guest.door.connected)
+    outcomes = await asyncio.gather(
+        guest.partition.attach(5), guest.partition.attach(5), guest.door.accept(), return_exceptions=True
+    )
+    assert outcomes[2] is True
+    assert sorted(isinstance(outcome, PartitionError) for outcome in outcomes[:2]) == [False, True]
+    assert guest.partition.state is PartitionState.RUNNING
+
+
+async def test_a_partition_that_is_being_deleted_is_not_attached_behind_its_back(world: World) -> None:
+    guest, device = await opened(world)
+    device.gate.clear()
+    assert guest.partition._link is not None
+    guest.partition._link.close("cut")
+    await until(lambda: not guest.door.connected)
+    attaching = asyncio.ensure_future(guest.partition.attach(5))
+    await asyncio.sleep(0.01)
+    deleting = asyncio.ensure_future(guest.partition.delete())
+    await asyncio.sleep(0.01)
+    device.gate.set()
+    with pytest.raises(PartitionError, match="is being deleted"):
+        await attaching
+    await deleting
+    assert guest.partition.state is PartitionState.DELETED
+    assert guest.partition._link is None
