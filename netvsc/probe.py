@@ -131,13 +131,18 @@ def ping(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(result), flush=True)
     else:
-        rtt = result["rtt_ms"]
-        print(
-            f"{pings.sent} sent, {result['received']} received, {result['lost']} lost; "
-            f"rtt min/avg/max {rtt['min']}/{rtt['avg']}/{rtt['max']} ms, "
-            f"largest gap {result['largest_gap_ms']} ms"
-        )
+        print(in_words(result))
     return 0 if pings.sent and not result["lost"] else 1
+
+
+def in_words(result: dict[str, Any]) -> str:
+    """A summary as one line; what no reply came for has no times."""
+    counts = f"{result['sent']} sent, {result['received']} received, {result['lost']} lost"
+    if not result["received"]:
+        return counts
+    rtt = result["rtt_ms"]
+    times = f"rtt min/avg/max {rtt['min']}/{rtt['avg']}/{rtt['max']} ms"
+    return f"{counts}; {times}, largest gap {result['largest_gap_ms']} ms"
 
 
 def _wait(echo: _Echo, pings: _Pings, until: float, watch_input: bool) -> bool:

@@ -1,10 +1,9 @@
 """A scapy socket on a port of a running switch: `PortSocket("s0/p1")` sends, sniffs and answers as any other.
 
-    from scapy.all import ARP, Ether, sniff, srp1
-    from vswitchctl.scapy_socket import PortSocket
-
-        with PortSocket("s0/me") as port: answer = port.sr1(Ether(src="02:00:00:00:00:99",
-        dst="ff:ff:ff:ff:ff:ff") / ARP(pdst="10.0.0.1"), timeout=2)
+    me = "02:00:00:00:00:99"
+    who_has = Ether(src=me, dst="ff:ff:ff:ff:ff:ff") / ARP(hwsrc=me, psrc="10.0.0.99", pdst="10.0.0.1")
+    with PortSocket("s0/me") as port:
+        answer = port.sr1(who_has, timeout=2)
 
 As an endpoint (the default) the socket is the port's NIC: the port must have none. As a monitor it stands
 beside the NIC: it sees the port's frames in both directions, and what it sends enters the switch as if the

@@ -47,3 +47,9 @@ def test_the_asyncio_example_captures_its_ping(daemon: RunningDaemon, tmp_path: 
     records = list(capture_file.read_file(tmp_path / "ping.pcapng"))
     echoes = [record for record in records if record.data[12:14] == b"\x08\x00" and record.data[23] == 1]
     assert len(echoes) == 10
+
+
+def test_the_scapy_example_is_a_host_that_a_guest_answers(daemon: RunningDaemon, tmp_path: Path) -> None:
+    output = run(daemon, "scapy_host.py", tmp_path)
+    assert "10.9.0.1 is at 00:15:5d:" in output
+    assert "ping: 10.9.0.1 answered" in output
