@@ -28,6 +28,10 @@ MAX_STALE = 1000
 KEPT_LINES = 50
 LOGGED_LINES = 1000
 LINE_BYTES = 1024
+OUTPUT_BYTES = 16384
+"""Bytes of output taken at a time; who prints more than that at once waits a while."""
+OUTPUT_PAUSE = 0.05
+PIPE_BYTES = 65536
 KILL_PATIENCE = 2.0
 """Seconds until a parent that does not react is killed itself; the kernel then kills its child."""
 
@@ -145,7 +149,8 @@ class ExtensionProcess:
             return
         # What it said last is still in the socket and the pipe.
         self._receive()
-        self._read_output()
+        for _ in range(PIPE_BYTES // OUTPUT_BYTES + 1):
+            self._read_output()
         for descriptor in (self._pidfd, self._connection, self._stdout):
             self._loop.remove_reader(descriptor)
         os.close(self._pidfd)
@@ -194,13 +199,20 @@ class ExtensionProcess:
         self._misbehaved = why
         self._hang_up()
 
+    def _read_on(self) -> None:
+        if not self.ended.done():
+            self._loop.add_reader(self._stdout, self._read_output)
+
     def _read_output(self) -> None:
         try:
-            data = os.read(self._stdout, 16384)
+            data = os.read(self._stdout, OUTPUT_BYTES)
         except BlockingIOError:
             return
-        if not data:
+        if len(data) in (0, OUTPUT_BYTES):
             self._loop.remove_reader(self._stdout)
+        if len(data) == OUTPUT_BYTES:
+            # It floods: its pipe fills meanwhile, and it waits, not this loop.
+            self._loop.call_later(OUTPUT_PAUSE, self._read_on)
         *lines, self._partial = (self._partial + data).split(b"\n")
         if len(self._partial) > LINE_BYTES or (not data and self._partial):
             lines.append(self._partial)

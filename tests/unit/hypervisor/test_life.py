@@ -371,7 +371,12 @@ async def test_an_agent_that_never_answers_holds_nobody(world: World) -> None:
 
 async def test_a_command_that_is_cancelled_as_the_door_breaks_is_cancelled(world: World) -> None:
     guest = await (await world.guest()).boot()
-    guest.door.handlers = {wire.FrameType.EXEC: lambda sequence, message, fds: [os.close(fd) for fd in fds]}
+
+    def ignore(sequence: int, message: Any, fds: list[int]) -> None:
+        for fd in fds:
+            os.close(fd)
+
+    guest.door.handlers = {wire.FrameType.EXEC: ignore}
     starting = asyncio.ensure_future(guest.partition.exec(["sleep"], {}, 0, 1, 2))
     await asyncio.sleep(0.01)
     assert guest.partition._link is not None
