@@ -4,7 +4,7 @@
 //! after its deadline fails the link: all that waits for it, and all that would ask it later, gets what its
 //! `on_failure` says.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
@@ -165,8 +165,9 @@ pub struct Link {
     deadline_ns: u64,
     next_id: u64,
     pending: BTreeMap<u64, Pending>,
-    /// Ids whose reply is to come but no longer wanted.
-    given_up: HashSet<u64>,
+    /// Ids whose reply is to come but no longer wanted, and when it is due all the same: what changes in the switch
+    /// gives an extension that hangs no new time.
+    given_up: BTreeMap<u64, u64>,
     /// Requests that are not in the ring yet, in order.
     backlog: VecDeque<(u64, Vec<u8>)>,
     /// Whether `push` may have something to do.
@@ -201,7 +202,7 @@ impl Link {
             deadline_ns,
             next_id: 1,
             pending: BTreeMap::new(),
-            given_up: HashSet::new(),
+            given_up: BTreeMap::new(),
             backlog: VecDeque::new(),
             dirty: false,
             scratch: Vec::new(),
@@ -294,7 +295,7 @@ impl Link {
                     ));
                 }
                 let id = packet.descriptor.transaction_id;
-                if self.given_up.remove(&id) {
+                if self.given_up.remove(&id).is_some() {
                     continue;
                 }
                 if !self.pending.contains_key(&id) {
@@ -320,10 +321,12 @@ impl Link {
         self.pending.retain(|id, pending| {
             let goes = wanted(pending.waiter);
             if goes {
-                given_up.insert(*id);
+                given_up.insert(*id, pending.deadline_ns);
             }
             !goes
         });
+        // Those that are not in the ring yet never get there.
+        self.dirty |= !self.backlog.is_empty();
     }
 
     /// Marks the link failed and answers all that waits by `on_failure`.
@@ -342,10 +345,13 @@ impl Link {
 
     /// When the oldest request has to be answered.
     pub fn next_deadline_ns(&self) -> Option<u64> {
-        self.pending
-            .values()
-            .next()
+        let wanted = self.pending.values().next();
+        let given_up = self.given_up.values().next().copied();
+        wanted
             .map(|pending| pending.deadline_ns)
+            .into_iter()
+            .chain(given_up)
+            .min()
     }
 
     fn failure_text(&self) -> String {

@@ -328,6 +328,20 @@ async def test_late_answers_of_an_extension_that_stays_are_ignored(world: World)
     assert not world.switch.extension_counters()[extension.channel.id].failed
 
 
+async def test_ports_that_come_and_go_give_a_silent_extension_no_new_time(world: World) -> None:
+    await world.add("p1", "p2")
+    extension = world.extension(lambda _: None, passes=("ingress",), on_failure="open")
+    await world.load(extension)
+    world.endpoints["p1"].send(segment(80))
+    await world.until(lambda: len(extension.unanswered) > 0)
+    for number in range(3, 6):
+        await world.switch.datapath.advance(0.4)
+        await world.add(f"p{number}")
+    event = await world.told(EventKind.EXTENSION_FAILED)
+    assert (event.subject, event.text) == (extension.channel.id, "no verdict within 1 s")
+    assert (await world.send("p1"))["p2"] == [segment(80)]
+
+
 async def test_unloading_brings_everything_back(world: World) -> None:
     await world.add("p1", "p2")
     await world.load(world.extension(telnet))

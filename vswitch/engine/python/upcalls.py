@@ -74,8 +74,9 @@ class ExtensionLink(Generic[W]):
         self._deadline_ns = deadline_ns
         self._next_id = 1
         self._pending: dict[int, _Pending[W]] = {}
-        self._given_up: set[int] = set()
-        """Ids whose reply is to come but no longer wanted."""
+        self._given_up: dict[int, int] = {}
+        """Ids whose reply is to come but no longer wanted, and when it is due all the same: what changes in
+        the switch gives an extension that hangs no new time."""
         self._backlog: deque[tuple[int, bytes]] = deque()
         """Requests that are not in the ring yet, in order."""
         self.dirty = False
@@ -110,7 +111,7 @@ class ExtensionLink(Generic[W]):
                 if not self._writer.write(data):
                     break
             else:
-                self._given_up.discard(upcall_id)
+                self._given_up.pop(upcall_id, None)
             self._backlog.popleft()
         if self._writer.commit():
             signal_shared_fd(self.request_fd)
@@ -135,8 +136,9 @@ class ExtensionLink(Generic[W]):
         """Forgets the waiters that `wanted` picks; their replies will be ignored."""
         for upcall_id, pending in list(self._pending.items()):
             if wanted(pending.waiter):
-                del self._pending[upcall_id]
-                self._given_up.add(upcall_id)
+                self._given_up[upcall_id] = self._pending.pop(upcall_id).deadline_ns
+        # Those that are not in the ring yet never get there.
+        self.dirty = self.dirty or bool(self._backlog)
 
     def fail(self, why: str) -> list[Settled[W]]:
         """Marks the link failed and answers all that waits by `on_failure`."""
@@ -151,12 +153,16 @@ class ExtensionLink(Generic[W]):
 
     def overdue(self, now_ns: int) -> bool:
         """Whether some request has passed its deadline."""
-        first = next(iter(self._pending.values()), None)  # ids, and so deadlines, are in order
-        return first is not None and now_ns >= first.deadline_ns
+        due = self.next_deadline_ns()
+        return due is not None and now_ns >= due
 
     def next_deadline_ns(self) -> int | None:
-        first = next(iter(self._pending.values()), None)
-        return None if first is None else first.deadline_ns
+        """When the oldest request has to be answered."""
+        first = next(iter(self._pending.values()), None)  # ids, and so deadlines, are in order
+        given_up = next(iter(self._given_up.values()), None)
+        if first is None or given_up is None:
+            return given_up if first is None else first.deadline_ns
+        return min(first.deadline_ns, given_up)
 
     def on_failure(self, text: str) -> Answer:
         """The answer that stands in for a verdict."""
@@ -174,8 +180,7 @@ class ExtensionLink(Generic[W]):
         if packet.type != ring_packet.VM_PKT_COMP:
             raise ValueError(f"a packet of type {packet.type} came where replies are expected")
         upcall_id = packet.transaction_id
-        if upcall_id in self._given_up:
-            self._given_up.remove(upcall_id)
+        if self._given_up.pop(upcall_id, None) is not None:
             return
         pending = self._pending.get(upcall_id)
         if pending is None:
