@@ -25,7 +25,9 @@ from vswitch_wire.engine import Engine
 from vswitch_wire.hypercall import HvStatus
 from vswitch_wire.memory import signal_fd
 
-LARGEST_GAP_MS = 500.0  # two shared cores: a scheduling hiccup is not an outage
+# Measured: 20 to 80 ms on two cores, 350 ms once while four other test runs shared them. A scheduling
+# hiccup is not an outage, and nothing may be lost in either.
+LARGEST_GAP_MS = 1000.0
 needs_native = pytest.mark.skipif(not vswitch_native.AVAILABLE, reason=vswitch_native.WHY)
 engines = pytest.mark.parametrize("engine", ["python", pytest.param("native", marks=needs_native)])
 
@@ -82,7 +84,7 @@ async def test_malformed_vmbus_messages_harm_nobody_else(engine: Engine, tmp_pat
         count = await for_a_while(1.5, post)
         errors = guest.partition.vmbus.protocol_errors
         print(f"malformed: {count} messages posted, {errors} refused, statuses {sorted(statuses)}")
-        assert errors > 500
+        assert errors > max(100, 0.9 * count), "what is malformed is refused, not swallowed"
         assert statuses <= {HvStatus.SUCCESS, HvStatus.INSUFFICIENT_BUFFERS, HvStatus.INVALID_CONNECTION_ID}
         # And it is served like any other once it behaves.
         await guest.vmbus.connect()
