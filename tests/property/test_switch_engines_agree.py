@@ -19,7 +19,7 @@ from switch_world import ScriptedExtension, World
 
 import vswitch_native
 from vswitch.endpoint import Frame, Offload
-from vswitch.engine import CaptureTap, Limits
+from vswitch.engine import CapturedFrame, CaptureTap, Limits
 from vswitch.fields import ALL_BITS, Field
 from vswitch.upcall import VERDICT_ALLOW, VERDICT_DROP, VERDICT_ERROR, UpcallReply, UpcallRequest
 from vswitch_wire.engine import ENGINES
@@ -171,6 +171,7 @@ class Twin:
     def __init__(self, engine: Any) -> None:
         self.world = World(engine, limits=LIMITS)
         self.tap: CaptureTap = self.world.switch.open_tap()
+        self.loaded = 0
 
     async def do(self, step: tuple[Any, ...]) -> object:
         kind, *rest = step
@@ -178,6 +179,7 @@ class Twin:
         if kind == "wait":
             return await world.switch.datapath.advance(rest[0])
         if kind == "extensions":
+            self.loaded = len(rest[0])
             return await world.load(*(self._extension(name) for name in rest[0]))
         name = rest[0]
         if kind == "port":
@@ -189,10 +191,10 @@ class Twin:
             return None
         port = world.switch.port(name)
         if kind == "send" and port.connected:
-            return await world.send(name, *rest[1])
+            return await self.send(name, *rest[1])
         if kind == "inject":
             port.inject(rest[1])
-            return await world.send(name)
+            return await self.send(name)
         if kind == "trace":
             return await self._trace(name, rest[1])
         if kind == "detach" and port.connected:
@@ -225,6 +227,20 @@ class Twin:
     def _extension(self, name: str) -> ScriptedExtension:
         return self.world.extension(JUDGES[name], name=name)
 
+    async def send(self, name: str, *frames: Frame) -> dict[str, list[bytes]]:
+        """What arrives where, in order.
+
+        Frames of different flows keep their order while one extension is asked. Two are processes of their
+        own: which of them answers first decides whose frame goes on first, in either engine.
+        """
+        arrived = await self.world.send(name, *frames)
+        return arrived if self.loaded < 2 else {port: sorted(data) for port, data in arrived.items()}
+
+    def captured(self) -> list[CapturedFrame]:
+        """Sightings in order; with two extensions in the order of their packets (see `send`)."""
+        seen = self.tap.read(100_000)
+        return seen if self.loaded < 2 else sorted(seen, key=lambda one: one.packet_id)
+
     def sight(self) -> dict[str, object]:
         switch = self.world.switch
         return {
@@ -236,7 +252,7 @@ class Twin:
             "asked": [len(extension.asked) for extension in self.world.extensions],
             "macs": switch.mac_table(),
             "flows": switch.flows(),
-            "captured": self.tap.read(100_000),
+            "captured": self.captured(),
         }
 
 

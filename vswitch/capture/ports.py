@@ -12,8 +12,9 @@ frame; `epb_queue`; for a drop `epb_verdict` with the reason's code and a commen
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -70,7 +71,7 @@ class PortCapture:
         """End it; what the tap holds is still delivered, then the statistics."""
         self._stopped.set()
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
         """Pieces of the file, whole blocks each; the first one comes at once."""
         loop = asyncio.get_running_loop()
         readable = asyncio.Event()
@@ -97,11 +98,11 @@ class PortCapture:
 
         A reader that hangs up (BrokenPipeError) ends it.
         """
-        try:
-            async for piece in self:
-                await asyncio.to_thread(_write, stream, piece)
-        except BrokenPipeError:
-            return
+        # Closed here and now: an abandoned iterator would keep its tap until the garbage collector comes by.
+        async with contextlib.aclosing(self.__aiter__()) as pieces:
+            with contextlib.suppress(BrokenPipeError):
+                async for piece in pieces:
+                    await asyncio.to_thread(_write, stream, piece)
 
     def encode(self, frames: list[CapturedFrame]) -> bytes:
         """The blocks of these sightings, as far as the packet limit allows."""

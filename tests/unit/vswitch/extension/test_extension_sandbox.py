@@ -223,7 +223,8 @@ def readable_python() -> str:
     if all(parent.stat().st_mode & 0o001 for parent in own.parents):
         return sys.executable
     found = shutil.which(f"python{sys.version_info[0]}.{sys.version_info[1]}", path="/usr/bin:/usr/local/bin")
-    assert found is not None, f"{own} is private to root, and /usr/bin has no Python of its version"
+    if found is None:
+        pytest.skip(f"{own} is private to root, and /usr/bin has no Python of its version")
     return found
 
 
