@@ -208,6 +208,9 @@ class Partition:
         PartitionError when it cannot be reached or does not know its memory any more; TimeoutError when it
         does not answer.
         """
+        if self._link is not None and self._link.closed:
+            # Closed already; `door_closed` comes with one of the loop's next turns.
+            await self._detached.wait()
         if self._detaching is not None:
             await asyncio.wait({self._detaching})
         if self._deleting:

@@ -345,6 +345,8 @@ class DataPath:
         if self._closed or self._dead:
             return
         try:
+            # First: a full backlog stops the reading, and the host announces space only once.
+            self._drain_backlog()
             self._reader.mask()
             budget = _TURN
             while budget > 0:
@@ -362,7 +364,6 @@ class DataPath:
             else:
                 self._again = self._loop.call_soon(self.on_interrupt)
             self._next_rndis()
-            self._drain_backlog()
             self._publish()
         except WireError as error:
             self._fault(error)

@@ -317,9 +317,10 @@ impl Path {
         let mut more = false;
         self.attempt(|path| {
             if interrupted {
+                // First: a full backlog stops the reading, and the host announces space only once.
+                path.drain_backlog()?;
                 more = path.receive()?;
                 path.next_rndis()?;
-                path.drain_backlog()?;
             }
             Ok(())
         });

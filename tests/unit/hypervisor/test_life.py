@@ -63,6 +63,24 @@ async def test_after_a_lost_door_the_same_host_resumes_with_the_same_memory(worl
     assert len(interrupts) == len(guest.door.interrupts)
 
 
+async def test_a_door_that_has_just_broken_is_attached_anew_at_once(world: World) -> None:
+    guest, device = await opened(world)
+    link = guest.partition._link
+    assert link is not None
+    # The guest may know it, and the caller through the guest, before the partition is told: attach() runs
+    # before door_closed(), which the loop calls later.
+    attaching = asyncio.create_task(guest.partition.attach(5))
+    link.close("a test cut it")
+    assert guest.partition.state is PartitionState.RUNNING
+    await until(lambda: not guest.door.connected)
+    guest.offers.clear()
+    _, resumed = await asyncio.gather(attaching, guest.door.accept())
+    assert resumed is True
+    await until(lambda: bool(guest.offers))
+    await guest.vmbus.open(guest.offers[0], ring_pages=2)
+    assert device.events == ["open 0", "close 0", "open 0"]
+
+
 async def restart(world: World, guest: Guest, directory: Path) -> tuple[World, Guest]:
     """A second host takes the partition over from what the first one, as good as killed, saved."""
     saved = json.loads(json.dumps(guest.partition.save()))

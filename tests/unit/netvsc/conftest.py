@@ -21,8 +21,14 @@ NEEDS_NATIVE = pytest.mark.skipif(not vswitch_native.AVAILABLE, reason=vswitch_n
 
 
 @pytest.fixture
-def host() -> Iterator[Host]:
-    host = Host()
+def ring_pages() -> int:
+    """Pages of either ring; a test that needs others has a parameter of this name."""
+    return 16
+
+
+@pytest.fixture
+def host(ring_pages: int) -> Iterator[Host]:
+    host = Host(ring_pages=ring_pages)
     yield host
     host.tear()
 
@@ -53,7 +59,13 @@ class Nic:
         )
 
     def _python(self, channel: Any) -> DataPathProtocol:
-        path = DataPath(self.host.memory, channel.ring_pfns, 16, self.host.signalled, cast(Any, self.link))
+        path = DataPath(
+            self.host.memory,
+            channel.ring_pfns,
+            channel.downstream_page_offset,
+            self.host.signalled,
+            cast(Any, self.link),
+        )
         channel.on_interrupt = path.on_interrupt
         self.path = path
         return path
@@ -63,7 +75,14 @@ class Nic:
         from vswitch_native import memory, netvsc
 
         self.worker = netvsc.Worker(memory.GuestMemory([self.host.region]), self.host.interrupt_fd, 4096, 2)
-        inner = self.worker.open(5, channel.ring_pfns, 16, self.host.signalled, self.link.fd, False)
+        inner = self.worker.open(
+            channel.relid,
+            channel.ring_pfns,
+            channel.downstream_page_offset,
+            self.host.signalled,
+            self.link.fd,
+            False,
+        )
         self.path = NativeDataPath(inner)
         return self.path
 

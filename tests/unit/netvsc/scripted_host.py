@@ -19,7 +19,6 @@ from vswitch_wire.memory import GuestMemory, Region, create_region
 from vswitch_wire.ring import RingReader, RingWriter
 
 PAGE = 4096
-RING_PAGES = 16
 SECTION = 6144
 SLOT = 1856
 MAC = bytes.fromhex("00155d010203")
@@ -135,7 +134,8 @@ class Channel:
 class Host:
     """Memory, both rings, and answers as a conforming NetVSP gives them; what is odd is set by the test."""
 
-    def __init__(self, pages: int = 4096) -> None:
+    def __init__(self, pages: int = 4096, *, ring_pages: int = 16) -> None:
+        self.ring_pages = ring_pages  # of either ring, whatever the driver asks for
         fd = create_region("guest", (16 + pages) * PAGE)
         self.region = Region(0, (16 + pages) * PAGE, fd)
         self.memory = GuestMemory([self.region])
@@ -164,14 +164,15 @@ class Host:
 
     # VmbusClient's surface.
 
-    async def open(self, offer: Offer, ring_pages: int = RING_PAGES) -> Channel:
-        pfns = self.allocator.alloc(2 * RING_PAGES)
-        upstream, downstream = pfns[:RING_PAGES], pfns[RING_PAGES:]
+    async def open(self, offer: Offer, ring_pages: int = 0) -> Channel:
+        size = self.ring_pages
+        pfns = self.allocator.alloc(2 * size)
+        upstream, downstream = pfns[:size], pfns[size:]
         for pages in (upstream, downstream):
             self.memory.write(pages[0] * PAGE, bytes(PAGE))
-        self.reader = RingReader(self.memory.view(upstream, 0, RING_PAGES * PAGE))
-        self.writer = RingWriter(self.memory.view(downstream, 0, RING_PAGES * PAGE))
-        self.channel = Channel(offer.relid, self.memory, pfns, RING_PAGES, self.signalled)
+        self.reader = RingReader(self.memory.view(upstream, 0, size * PAGE))
+        self.writer = RingWriter(self.memory.view(downstream, 0, size * PAGE))
+        self.channel = Channel(offer.relid, self.memory, pfns, size, self.signalled)
         asyncio.get_running_loop().add_reader(self.signalled, self.on_signal)
         self.log.append("open")
         return self.channel
@@ -206,6 +207,10 @@ class Host:
     def interrupt(self) -> None:
         """Publish, then interrupt always: spurious interrupts are legal."""
         self.writer.commit()
+        self.wake()
+
+    def wake(self) -> None:
+        """The interrupt by itself."""
         os.eventfd_write(self.interrupt_fd, 1)
         if self.channel is not None:
             asyncio.get_running_loop().call_soon(self.channel.on_interrupt)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import struct
+from collections import deque
 from typing import TYPE_CHECKING
 
 import pytest
-from scripted_host import FakeLink, Host, until
+from scripted_host import SLOT, FakeLink, Host, until
 
 from netvsc import frames
-from vswitch_wire import nvsp, rndis
+from vswitch_wire import nvsp, packet, rndis
+from vswitch_wire.memory import drain_fd
 
 if TYPE_CHECKING:
     from conftest import Nic
@@ -21,12 +24,20 @@ def frame(number: int, size: int = 60) -> bytes:
     return BROADCAST + struct.pack(">I", number) + bytes(size - 18)
 
 
+async def settled(nic: Nic) -> None:
+    """The native worker has done all that it was told until now, and published what it had received."""
+    marker = (1 << 40, nvsp.NVSP_STAT_SUCCESS)
+    nic.path.send_completion(marker[0], nvsp.SendRndisPacketComplete(marker[1]).pack(40))
+    await until(lambda: marker in nic.host.completed)
+    nic.host.completed.remove(marker)
+
+
 @pytest.fixture
 async def running(nic: Nic) -> Nic:
     await nic.driver.start(1500)
     await nic.driver.set_filter(True)
-    # The worker may complete the last control reply after the driver has acted on it.
-    await until(lambda: len(nic.host.completed) == nic.host.next_slot)
+    await settled(nic)
+    assert len(nic.host.completed) == nic.host.next_slot
     nic.host.sent.clear()
     nic.host.messages.clear()
     nic.host.completed.clear()
@@ -44,7 +55,8 @@ async def test_frames_that_wait_together_share_a_section_of_at_most_eight(
     host: Host, link: FakeLink, running: Nic
 ) -> None:
     running.path.set_running(False)
-    await until(lambda: running.path.stats()["in_flight"] == 0)
+    await settled(running)
+    assert running.path.stats()["in_flight"] == 0
     for number in range(20):
         link.send(frame(number, 61))
     running.path.set_running(True)
@@ -147,12 +159,56 @@ async def test_a_stopped_path_completes_what_it_receives_and_reads_no_frames(
     host: Host, link: FakeLink, running: Nic
 ) -> None:
     running.path.set_running(False)
+    await settled(running)
     link.send(frame(1))
     host.send_rndis(rndis.Packet(frame(2)).pack())
     host.interrupt()
     await until(lambda: len(host.completed) == 1)
     assert (link.received, link.waiting) == ([], True)
     assert running.path.stats()["rx_dropped"] == 1
+
+
+@pytest.mark.parametrize("ring_pages", [64])
+async def test_a_host_that_reads_late_and_interrupts_only_when_asked_loses_nothing(
+    host: Host, running: Nic
+) -> None:
+    """Completions fill the ring and what waits behind it, reading stops; one signal, and all goes on."""
+    loop = asyncio.get_running_loop()
+    loop.remove_reader(host.signalled)
+    message = [packet.TransferRange(4, host.next_slot * SLOT)]
+    body = nvsp.SendRndisPacket(nvsp.RMC_DATA).pack(40)
+    waiting = deque(range(63 * 4096 // 32 + 4096 + 5000))
+    everything = [(identity, nvsp.NVSP_STAT_FAIL) for identity in waiting]
+
+    def offer(asked: bool) -> None:
+        while waiting and host.writer.write(
+            packet.encode_transfer_pages(waiting[0], nvsp.NETVSC_RECEIVE_BUFFER_ID, message, body)
+        ):
+            waiting.popleft()
+        if host.writer.commit() or asked:
+            host.wake()
+
+    # Until the guest has no room for another completion: it reads no more, so the host cannot write.
+    offer(False)
+    offered = -1
+    while offered != len(waiting):
+        offered = len(waiting)
+        await asyncio.sleep(0.5)
+        offer(False)
+    assert len(waiting) > 1000
+
+    def on_signal() -> None:
+        drain_fd(host.signalled)
+        asked = False
+        while data := host.reader.read(64):
+            for entry in data:
+                host.on_packet(packet.decode(entry))
+            asked |= host.reader.commit()
+        offer(asked)
+
+    loop.add_reader(host.signalled, on_signal)
+    await until(lambda: len(host.completed) == len(everything), seconds=20)
+    assert host.completed == everything
 
 
 def test_the_bounce_buffer_takes_the_largest_frame() -> None:
