@@ -94,8 +94,10 @@ class CaptureManager:
             record = self.records[number] = CaptureRecord(message, running)
             try:
                 yield capture_pb2.CaptureResponse(capture=record.describe())
-                async for piece in running:
-                    yield capture_pb2.CaptureResponse(pcapng=piece)
+                # A caller that hangs up ends the tap at once, not when garbage is collected.
+                async with contextlib.aclosing(running.__aiter__()) as pieces:
+                    async for piece in pieces:
+                        yield capture_pb2.CaptureResponse(pcapng=piece)
                 yield capture_pb2.CaptureResponse(capture=record.describe())
             finally:
                 del self.records[number]

@@ -16,7 +16,7 @@ import asyncio
 import struct
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Literal
 
 from vswitch.capture import pcapng
@@ -63,7 +63,7 @@ class VmbusCapture:
         self._stopped = True
         self._waiting.set()
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
         """Pieces of the file, whole blocks each; the first one comes at once."""
         number, interface = self._writer.interface(
             self._partition,
