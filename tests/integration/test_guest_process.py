@@ -247,9 +247,13 @@ async def test_killing_either_process_of_a_guest_ends_all_of_it_and_nothing_else
 async def test_shutdown_ends_programs_orderly_and_exits_with_0(tmp_path: Path) -> None:
     async with world("python", tmp_path) as lab:
         guest = await lab.add("a")
-        trap = "trap 'echo bye; exit 0' TERM; echo ready; while :; do sleep 0.05; done"
+        # One process: a shell would also tell of its own child's end by the same signal.
+        script = (
+            "from signal import *; pthread_sigmask(SIG_BLOCK, {SIGTERM}); print('ready', flush=True); "
+            "sigwait({SIGTERM}); print('bye', flush=True)"
+        )
         reader, writer = os.pipe()
-        await guest.partition.exec(["sh", "-c", trap], {}, writer, writer, writer)
+        await guest.partition.exec([guest.python, "-c", script], {}, writer, writer, writer)
         os.close(writer)
         with os.fdopen(reader, "rb") as output:
             assert output.readline() == b"ready\n"
