@@ -39,6 +39,8 @@ LIMITS = Limits(
 )
 EXTENSIONS = ("ports", "hosts", "ttl", "faulty", "egress")
 NAMES = ("p1", "p2", "p3", "p4")
+HEADERS = 54
+"""Bytes of the longest headers (Ethernet, IPv4, TCP): frames equal in these are of one flow."""
 
 macs = st.sampled_from(
     [mac(n) for n in range(1, 9)]
@@ -234,7 +236,11 @@ class Twin:
         own: which of them answers first decides whose frame goes on first, in either engine.
         """
         arrived = await self.world.send(name, *frames)
-        return arrived if self.loaded < 2 else {port: sorted(data) for port, data in arrived.items()}
+        return (
+            arrived
+            if self.loaded < 2
+            else {port: sorted(data, key=lambda one: one[:HEADERS]) for port, data in arrived.items()}
+        )
 
     def captured(self) -> list[CapturedFrame]:
         """Sightings in order; with two extensions in the order of their packets (see `send`)."""
