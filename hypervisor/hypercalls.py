@@ -13,6 +13,7 @@ from typing import Protocol
 from vswitch_wire import hypercall
 from vswitch_wire.door import Hypercall, HypercallResult
 from vswitch_wire.errors import MemoryAccessError, WireError
+from vswitch_wire.guest_codecs import GuestCodecs
 from vswitch_wire.hypercall import HvStatus
 from vswitch_wire.memory import GuestMemory
 
@@ -32,6 +33,7 @@ class Caller(Protocol):
 
     id: int
     privileges: int
+    codecs: GuestCodecs
 
     @property
     def memory(self) -> GuestMemory: ...
@@ -119,7 +121,7 @@ def _post_message(caller: Caller, block: bytes) -> bytes:
     if any(block[4:8]):
         raise HypercallFailure(HvStatus.INVALID_PARAMETER)
     try:
-        message = hypercall.PostMessage.unpack(block)
+        message = caller.codecs.post_message(block)
     except WireError:
         raise HypercallFailure(HvStatus.INVALID_PARAMETER) from None
     _finish(caller.post_message(_connection(message.connection_id), message.message_type, message.payload))

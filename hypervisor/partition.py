@@ -29,7 +29,7 @@ from hypervisor.socket_path import ShortPath
 from hypervisor.synic import GeneralProtection, Synic
 from hypervisor.vmbus.server import VmbusServer
 from vswitch_wire import door, hypercall
-from vswitch_wire.engine import memory_class
+from vswitch_wire.engine import guest_codecs, memory_class
 from vswitch_wire.errors import WireError
 from vswitch_wire.hypercall import HvStatus
 from vswitch_wire.memory import GuestMemory, Region
@@ -105,6 +105,8 @@ class Partition:
         self._detached = asyncio.Event()
         self._deleting = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self.codecs = guest_codecs(hypervisor.engine)
+        """What reads the guest's control messages."""
         self.synic = Synic(
             vp_count,
             privileges,
@@ -116,7 +118,7 @@ class Partition:
         if regions:
             self._map(regions)
         self.vmbus = VmbusServer(
-            name, self.synic, quotas, hypervisor.clock, self._send_eventfd, self._changed
+            name, self.synic, quotas, hypervisor.clock, self._send_eventfd, self._changed, codecs=self.codecs
         )
         self._agent = AgentRequests(self._send_request, self._next_sequence)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import vswitch_native
 
+from . import guest_codecs as codecs
 from . import memory
 
 Engine = Literal["native", "python"]
@@ -54,6 +55,15 @@ def interrupt_class(engine: Engine) -> type[memory.Interrupt]:
     native: Any = _native_memory()
     cls: type[memory.Interrupt] = native.Interrupt
     return cls
+
+
+def guest_codecs(engine: Engine) -> codecs.GuestCodecs:
+    """What reads a guest's control messages under `engine`."""
+    if check_engine(engine) == "python":
+        return codecs.PYTHON
+    from . import native_codecs
+
+    return native_codecs.NATIVE
 
 
 def _native_memory() -> Any:

@@ -173,8 +173,8 @@ class GpadlAssembler:
         return self._partial.pop(gpadl_id, None) is not None
 
     def discard_channel(self, relid: int) -> list[int]:
-        """Forgets a channel's unfinished GPADLs and gives their ids."""
-        gone = [gpadl_id for gpadl_id, partial in self._partial.items() if partial.relid == relid]
+        """Forgets a channel's unfinished GPADLs and gives their ids in ascending order."""
+        gone = sorted(gpadl_id for gpadl_id, partial in self._partial.items() if partial.relid == relid)
         for gpadl_id in gone:
             del self._partial[gpadl_id]
         return gone

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from hypervisor.quotas import Quotas
 from vswitch_wire import vmbus
 from vswitch_wire.errors import WireError
-from vswitch_wire.gpadl import AssembledGpadl, GpadlAssembler, GpadlError, GpaRange
+from vswitch_wire.gpadl import AssembledGpadl, GpadlError, GpaRange
+from vswitch_wire.guest_codecs import GuestCodecs
 from vswitch_wire.memory import GuestMemory
 
 _PAGE = 4096
@@ -27,9 +28,9 @@ class _Gpadl:
 class GpadlTable:
     """GPADLs by (relid, id). Not thread-safe; lives on the event loop."""
 
-    def __init__(self, quotas: Quotas) -> None:
+    def __init__(self, quotas: Quotas, codecs: GuestCodecs) -> None:
         self._quotas = quotas
-        self._assembler = GpadlAssembler(max_in_progress=quotas.gpadls_in_progress)
+        self._assembler = codecs.gpadl_assembler(quotas.gpadls_in_progress)
         self._gpadls: dict[tuple[int, int], _Gpadl] = {}
         self._pages = 0
 

@@ -35,6 +35,7 @@ from hypervisor.vmbus.negotiation import (
 )
 from vswitch_wire import vmbus
 from vswitch_wire.errors import WireError
+from vswitch_wire.guest_codecs import GuestCodecs
 from vswitch_wire.hypercall import HvStatus
 from vswitch_wire.memory import signal_shared_fd
 from vswitch_wire.synic import HVMSG_VMBUS, Message
@@ -75,6 +76,7 @@ class VmbusServer:
         send_eventfd: Callable[[int, int | None], None],
         changed: Callable[[], None],
         *,
+        codecs: GuestCodecs,
         oldest: VmbusVersion = OLDEST_VERSION,
         newest: VmbusVersion = NEWEST_VERSION,
     ) -> None:
@@ -84,7 +86,8 @@ class VmbusServer:
         self.last_error = ""
         self.connection: Connection | None = None
         self.offers_requested = False
-        self.gpadls = GpadlTable(quotas)
+        self.gpadls = GpadlTable(quotas, codecs)
+        self._codecs = codecs
         self._synic = synic
         self._quotas = quotas
         self._clock = clock
@@ -218,7 +221,7 @@ class VmbusServer:
     def _handle(self, payload: bytes) -> None:
         self._observe("in", payload)
         try:
-            message = vmbus.decode(payload)
+            message = self._codecs.channel_message(payload)
             if isinstance(message, vmbus.InitiateContact):
                 self._reset(functools.partial(self._contact, message))
             elif isinstance(message, vmbus.Unload):

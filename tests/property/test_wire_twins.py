@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vswitch_native
-from vswitch_wire import door, gpadl, hypercall, memory, ndis, nvsp, packet, ring, rndis, vmbus
+from vswitch_wire import door, gpadl, guest_codecs, hypercall, memory, ndis, nvsp, packet, ring, rndis, vmbus
 from vswitch_wire.errors import RingError, UnknownMessage, WireError
 
 pytestmark = pytest.mark.skipif(not vswitch_native.AVAILABLE, reason=vswitch_native.WHY)
@@ -22,6 +22,7 @@ if vswitch_native.AVAILABLE:
     from vswitch_native import ring as native_ring
     from vswitch_native import wire as native
     from vswitch_native.memory import GuestMemory as NativeMemory
+    from vswitch_wire.native_codecs import NATIVE
 
 EXAMPLES = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 
@@ -337,25 +338,36 @@ def gpadl_conversation(draw: st.DrawFn) -> list[bytes]:
 @given(gpadl_conversation())
 @EXAMPLES
 def test_gpadls_are_assembled_alike(conversation: list[bytes]) -> None:
-    ours, theirs = gpadl.GpadlAssembler(max_in_progress=2), native.GpadlAssembler(max_in_progress=2)
+    assemblers = [codecs.gpadl_assembler(2) for codecs in (guest_codecs.PYTHON, NATIVE)]
 
-    def feed(data: bytes) -> Any:
+    def feed(assembler: guest_codecs.Assembler, data: bytes) -> Any:
         message = vmbus.decode(data)
-        if isinstance(message, vmbus.GpadlHeader):
-            whole = ours.header(message)
-        elif isinstance(message, vmbus.GpadlBody):
-            whole = ours.body(message)
-        else:
-            raise WireError("not a GPADL message")
-        if whole is None:
-            return None
-        ranges = [(entry.byte_count, entry.byte_offset, list(entry.pfns)) for entry in whole.ranges]
-        return whole.relid, whole.gpadl_id, ranges
+        try:
+            if isinstance(message, vmbus.GpadlHeader):
+                return assembler.header(message)
+            if isinstance(message, vmbus.GpadlBody):
+                return assembler.body(message)
+        except gpadl.GpadlError as error:
+            return "answered with a failure", error.relid, error.gpadl_id
+        raise WireError("not a GPADL message")
 
     for data in conversation:
-        mine = outcome(lambda data=data: feed(data))  # type: ignore[misc]
-        assert mine == outcome(lambda data=data: theirs.message(data))  # type: ignore[misc]
-        assert ours.in_progress == theirs.in_progress
+        ours, theirs = (outcome(lambda one=one, data=data: feed(one, data)) for one in assemblers)  # type: ignore[misc]
+        assert ours == theirs
+        assert assemblers[0].in_progress == assemblers[1].in_progress
+    left = [(one.discard(1), one.discard_channel(5), one.in_progress) for one in assemblers]
+    assert left[0] == left[1]
+
+
+@given(st.one_of(CHANNEL_MESSAGES.map(lambda m: m.pack()), st.binary(max_size=250)), DAMAGE)
+@EXAMPLES
+def test_a_hosts_server_is_given_the_same_messages(data: bytes, damage: Any) -> None:
+    data = mutate(data, *damage)
+    ours, theirs = (
+        outcome(lambda read=codecs.channel_message: read(data))  # type: ignore[misc]
+        for codecs in (guest_codecs.PYTHON, NATIVE)
+    )
+    assert ours == theirs
 
 
 DOOR_MESSAGES: st.SearchStrategy[Any] = st.one_of(
@@ -420,11 +432,9 @@ def test_control_words_mean_the_same(value: int) -> None:
 )
 @EXAMPLES
 def test_posted_messages_are_checked_alike(data: bytes) -> None:
-    def twin() -> tuple[int, int, bytes]:
-        post = hypercall.PostMessage.unpack(data)
-        return post.connection_id, post.message_type, post.payload
-
-    assert outcome(twin) == outcome(lambda: native.decode_post_message(data))
+    assert outcome(lambda: guest_codecs.PYTHON.post_message(data)) == outcome(
+        lambda: NATIVE.post_message(data)
+    )
 
 
 def test_constants_are_the_same_on_both_sides() -> None:

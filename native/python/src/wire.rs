@@ -1,4 +1,5 @@
-//! Python surface of the `vswitch-wire` crate: what the tests compare with the Python twin, and what tools show.
+//! Python surface of the `vswitch-wire` crate: the native engine's decoders of what a guest posts, and what the tests
+//! compare with the Python twin.
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList, PyTuple};
@@ -7,6 +8,7 @@ use vswitch_wire::{Shown, Value};
 
 pyo3::import_exception!(vswitch_wire.errors, UnknownMessage);
 pyo3::import_exception!(vswitch_wire.errors, WireError);
+pyo3::import_exception!(vswitch_wire.gpadl, GpadlError);
 
 /// Adds the `wire` submodule to `parent`.
 pub fn register(parent: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -254,7 +256,7 @@ fn decode_post_message<'py>(
     ))
 }
 
-type Assembled = (u32, u32, Vec<(u32, u32, Vec<u64>)>);
+type Assembled<'py> = (u32, u32, Vec<(u32, u32, Bound<'py, PyTuple>)>);
 
 /// Collects GPADL headers and bodies of one connection.
 #[pyclass(module = "vswitch_native.wire")]
@@ -262,15 +264,23 @@ struct GpadlAssembler {
     inner: wire::gpadl::GpadlAssembler,
 }
 
-fn assembled(gpadl: Option<wire::gpadl::AssembledGpadl>) -> Option<Assembled> {
-    gpadl.map(|gpadl| {
-        let ranges = gpadl
-            .ranges
-            .into_iter()
-            .map(|range| (range.byte_count, range.byte_offset, range.pfns))
-            .collect();
-        (gpadl.relid, gpadl.gpadl_id, ranges)
-    })
+fn assembled<'py>(
+    py: Python<'py>,
+    gpadl: Option<wire::gpadl::AssembledGpadl>,
+) -> PyResult<Option<Assembled<'py>>> {
+    let Some(gpadl) = gpadl else {
+        return Ok(None);
+    };
+    let mut ranges = Vec::with_capacity(gpadl.ranges.len());
+    for range in gpadl.ranges {
+        let pfns = PyTuple::new(py, range.pfns)?;
+        ranges.push((range.byte_count, range.byte_offset, pfns));
+    }
+    Ok(Some((gpadl.relid, gpadl.gpadl_id, ranges)))
+}
+
+fn refuse_gpadl(refused: wire::gpadl::GpadlError) -> PyErr {
+    GpadlError::new_err((refused.relid, refused.gpadl_id, refused.error.to_string()))
 }
 
 #[pymethods]
@@ -288,34 +298,56 @@ impl GpadlAssembler {
         self.inner.in_progress()
     }
 
-    /// Takes a GPADL_HEADER or GPADL_BODY channel message.
-    fn message(&mut self, payload: &[u8]) -> PyResult<Option<Assembled>> {
+    /// Starts a GPADL; gives it when this one message held all of it.
+    fn header<'py>(
+        &mut self,
+        py: Python<'py>,
+        relid: u32,
+        gpadl_id: u32,
+        range_bytes: u16,
+        range_count: u16,
+        range_data: &[u8],
+    ) -> PyResult<Option<Assembled<'py>>> {
+        let whole = self
+            .inner
+            .header(relid, gpadl_id, range_bytes, range_count, range_data)
+            .map_err(refuse_gpadl)?;
+        assembled(py, whole)
+    }
+
+    /// Adds a body; gives the GPADL when it is whole.
+    fn body<'py>(
+        &mut self,
+        py: Python<'py>,
+        gpadl_id: u32,
+        range_data: &[u8],
+    ) -> PyResult<Option<Assembled<'py>>> {
         use wire::gpadl::BodyError;
-        use wire::vmbus::ChannelMessage;
-        match ChannelMessage::parse(payload).map_err(refuse)? {
-            ChannelMessage::GpadlHeader(header) => self
-                .inner
-                .header(
-                    header.relid,
-                    header.gpadl_id,
-                    header.range_bytes,
-                    header.range_count,
-                    header.range_data,
-                )
-                .map(assembled)
-                .map_err(|refused| refuse(refused.error)),
-            ChannelMessage::GpadlBody(body) => self
-                .inner
-                .body(body.gpadl_id, body.range_data)
-                .map(assembled)
-                .map_err(|error| match error {
-                    BodyError::Unknown => {
-                        WireError::new_err("GPADL_BODY: no such GPADL is being made")
-                    }
-                    BodyError::Refused(refused) => refuse(refused.error),
-                }),
-            _ => Err(WireError::new_err("expected GPADL_HEADER or GPADL_BODY")),
-        }
+        let whole = self
+            .inner
+            .body(gpadl_id, range_data)
+            .map_err(|error| match error {
+                BodyError::Unknown => {
+                    WireError::new_err(format!("GPADL_BODY: no GPADL {gpadl_id:#x} is being made"))
+                }
+                BodyError::Refused(refused) => refuse_gpadl(refused),
+            })?;
+        assembled(py, whole)
+    }
+
+    /// Forgets an unfinished GPADL; false if there was none.
+    fn discard(&mut self, gpadl_id: u32) -> bool {
+        self.inner.discard(gpadl_id)
+    }
+
+    /// Forgets a channel's unfinished GPADLs and gives their ids in ascending order.
+    fn discard_channel(&mut self, relid: u32) -> Vec<u32> {
+        self.inner.discard_channel(relid)
+    }
+
+    /// Forgets everything.
+    fn clear(&mut self) {
+        self.inner.clear();
     }
 }
 

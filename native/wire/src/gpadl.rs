@@ -265,14 +265,15 @@ impl GpadlAssembler {
         self.partial.remove(&gpadl_id).is_some()
     }
 
-    /// Forgets a channel's unfinished GPADLs and gives their ids.
+    /// Forgets a channel's unfinished GPADLs and gives their ids in ascending order.
     pub fn discard_channel(&mut self, relid: u32) -> Vec<u32> {
-        let gone: Vec<u32> = self
+        let mut gone: Vec<u32> = self
             .partial
             .iter()
             .filter(|(_, partial)| partial.relid == relid)
             .map(|(id, _)| *id)
             .collect();
+        gone.sort_unstable();
         for id in &gone {
             self.partial.remove(id);
         }
