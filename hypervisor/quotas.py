@@ -22,8 +22,8 @@ class Quotas:
     """GPADLs that exist at one time."""
     gpadls_in_progress: int = 16
     """GPADLs whose page lists are incomplete."""
-    gpadl_pages: int = 65536
-    """Pages over all GPADLs (256 MiB)."""
+    gpadl_pages: int = 131072
+    """Pages over all GPADLs (512 MiB): eight NICs with the largest buffers that stock drivers take."""
     frames_per_turn: int = 32
     """Door frames taken in one turn of the event loop."""
     frames_per_second: int = 20000

@@ -70,7 +70,7 @@ class Channel:
             relid=self.relid,
             connection_id=self.connection_id,
             sub_channel_index=self.sub_channel_index,
-            flags=vmbus.VMBUS_CHANNEL_ENUMERATE_DEVICE_INTERFACE,
+            flags=vmbus.VMBUS_CHANNEL_ENUMERATE_DEVICE_INTERFACE | getattr(self.device, "channel_flags", 0),
             user_data=getattr(self.device, "user_data", b"").ljust(vmbus.USER_DATA_SIZE, b"\0"),
         )
 

@@ -59,7 +59,10 @@ class OpenedChannel:
 
 
 class VmbusDevice(Protocol):
-    """A device that can be offered. It may also have `user_data: bytes` (120 at most) for its offers."""
+    """A device that can be offered.
+
+    It may also have `user_data: bytes` (120 at most) and `channel_flags: int` for its offers.
+    """
 
     class_id: UUID
     instance_id: UUID

@@ -95,9 +95,12 @@ class ChannelLifecycle:
 
     async def close_for_guest(self, channel: Channel) -> None:
         """CLOSECHANNEL: close the device, take sub-channels away, open again if that was asked meanwhile."""
-        await self._close_device(channel)
+        await self._close_rings(channel)
         if not channel.sub_channel_index:
+            # Before the channel counts as closed: an OPENCHANNEL that comes now waits for the sub-channels to
+            # be gone, so that those asked for after it are offered anew.
             await self._server.revoke_sub_channels(channel)
+        self._let_go(channel)
         reopen, channel.reopen = channel.reopen, None
         if reopen is not None and not channel.revoking and not self._server.resetting:
             # This task is the channel's current one: the next may start when it has ended.
@@ -112,6 +115,10 @@ class ChannelLifecycle:
             self.start_open(channel, message)
 
     async def _close_device(self, channel: Channel) -> None:
+        await self._close_rings(channel)
+        self._let_go(channel)
+
+    async def _close_rings(self, channel: Channel) -> None:
         channel.state = ChannelState.CLOSING
         assert channel.device is not None
         assert channel.opened is not None
@@ -121,7 +128,6 @@ class ChannelLifecycle:
             _log.exception(
                 "partition %s: device of channel %d failed to close", self._server.name, channel.relid
             )
-        self._let_go(channel)
 
     def _let_go(self, channel: Channel) -> None:
         channel.drop_resources()

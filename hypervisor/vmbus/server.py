@@ -397,7 +397,9 @@ class VmbusServer:
             raise ValueError(f"channel {primary.relid}: {count} sub-channels are more than the device has")
         for index in range(1, count + 1):
             key = (primary.class_id, primary.instance_id, index)
-            if any(entry.key == key for entry in self._channels.values()):
+            # One that is rescinded and waits for RELID_RELEASED does not stand in the way: the guest may ask
+            # again before it has let go of the old one, and waits for the new one without a limit.
+            if any(entry.key == key and not entry.revoked for entry in self._channels.values()):
                 continue
             self._offer_channel(self._add_channel(key, device))
 
@@ -485,6 +487,10 @@ class VmbusServer:
         self.send_all([self.gpadls.release(relid, gpadl_id)])
 
     def _on_tl_connect(self, message: vmbus.TlConnectRequest) -> None:
+        assert self.connection is not None
+        if self.connection.version < VmbusVersion.WIN10_RS3_0:
+            # The answer came with 4.1; guests of earlier versions warn of a message they do not know.
+            raise WireError("TL_CONNECT_REQUEST: no sockets are served")
         self.send(
             vmbus.TlConnectResult(message.endpoint_id, message.service_id, vmbus.STATUS_CONNECTION_REFUSED)
         )
