@@ -84,8 +84,10 @@ proto-check: $(VENV)/.installed-dev
 proto-baseline: proto-check       ## after an addition: what later changes must stay compatible with
 	$(BIN)/buf build --exclude-source-info -o proto/vswitch.v1.binpb
 
-fuzz:                             ## FUZZ_SECONDS for each target
+# The Python targets follow: the stateful one for as long, the parsers a quarter of it each.
+fuzz: $(VENV)/.installed-dev      ## FUZZ_SECONDS for each target
 	native/fuzz/run.sh $(FUZZ_SECONDS)
+	$(BIN)/python tests/fuzz/run.py $(FUZZ_SECONDS)
 
 clean:
 	rm -rf $(VENV) build dist native/target native/fuzz/target vswitch_native/*.so *.egg-info
