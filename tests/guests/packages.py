@@ -136,7 +136,7 @@ class Suite:
     def unpacked(self, package: Package) -> Path:
         """The package's files in a folder of their own, fetched when needed and checked against the index."""
         store = cache() / "packages"
-        folder = store / f"{package.name}_{package.version}"
+        folder = store / f"{package.name}_{package.version}".replace(":", "-")
         with _locked(store):
             if not folder.is_dir():
                 archive = self._download(package, store)
@@ -149,7 +149,7 @@ class Suite:
 
     def _download(self, package: Package, store: Path) -> Path:
         """The .deb itself; refuses one whose hash is not the index's."""
-        archive = store / f"{package.name}_{package.version}_{package.sha256[:12]}.deb"
+        archive = store / f"{package.name}_{package.version}_{package.sha256[:12]}.deb".replace(":", "-")
         if not archive.exists():
             self._apt("apt-get", "download", "-q", f"{package.name}={package.version}")
             fetched = next(self._home.glob(f"{package.name}_*.deb"))
