@@ -127,7 +127,7 @@ class Synic:
         self.hypercall_page = 0
         self._privileges = privileges
         self._clock = clock
-        self._created_ns = clock.now_ns()
+        self._created_ns = clock.raw_ns()
         self._send = send
         self._changed = changed
         self._bound: list[BoundInterrupt] = []
@@ -224,7 +224,7 @@ class Synic:
 
     def reference_time(self) -> int:
         """Units of 100 ns since the partition was created."""
-        return max(0, self._clock.now_ns() - self._created_ns) // 100
+        return max(0, self._clock.raw_ns() - self._created_ns) // 100
 
     def _processor(self, vp: int, msr: int) -> VirtualProcessor:
         needed = _PRIVILEGE_OF_MSR.get(msr)

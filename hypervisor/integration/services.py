@@ -24,16 +24,14 @@ class IntegrationServices:
     Everything on the event loop.
     """
 
-    def __init__(
-        self, partition: Partition, clock: Clock, *, reference_time: Callable[[], int] | None = None
-    ) -> None:
-        """`reference_time`: what the guest reads as its reference time, in 100 ns, if the host knows it."""
+    def __init__(self, partition: Partition, clock: Clock, *, reference_time: bool = True) -> None:
+        """`reference_time`: whether what the guest reads as TIME_REF_COUNT is what its door answers."""
         self.on_changed: list[Callable[[], None]] = []
         """Called when `guest_info`, `heartbeat_state` or `versions` changed; not at each beat."""
         self._partition = partition
         self._offers: list[Offer] = []
         self._shutdown = Shutdown(clock)
-        self._time_sync = TimeSync(clock, reference_time)
+        self._time_sync = TimeSync(clock, partition.synic.reference_time if reference_time else None)
         self._heartbeat = Heartbeat(clock)
         self._kvp = KeyValueExchange(clock)
         self._services: tuple[IntegrationService, ...] = (

@@ -43,9 +43,7 @@ class Bench:
         self.guest = guest
         self.clock = clock
         self.changes = 0
-        self.services = IntegrationServices(
-            guest.partition, clock, reference_time=guest.partition.synic.reference_time
-        )
+        self.services = IntegrationServices(guest.partition, clock)
         self.services.on_changed.append(self._changed)
 
     def _changed(self) -> None:
@@ -261,7 +259,7 @@ async def test_without_the_guests_reference_counter_version_4_is_not_offered(tmp
     clock = WarpClock()
     world = World(tmp_path / "run", clock=clock)
     guest = await (await world.guest()).boot()
-    services = IntegrationServices(guest.partition, clock)
+    services = IntegrationServices(guest.partition, clock, reference_time=False)
     await services.offer()
     await until(lambda: len(guest.offers) == 4)
     driver = TimesyncDriver(guest, guest.partition.synic.reference_time)
