@@ -207,15 +207,21 @@ class Interfaces:
         """Apply these; waits up to `patience` seconds for their NICs. Returns what went wrong, one text
         each."""
         self._configs = {config.mac: config for config in configs}
-        failures = [text for config in configs if (text := await self._reconfigure(config))]
+        failures: list[str] = []
+        awaited: list[InterfaceConfig] = []
+        for config in configs:
+            if text := await self._reconfigure(config):
+                failures.append(text)  # its NIC is there: waiting brings nothing
+            else:
+                awaited.append(config)
         try:
             async with asyncio.timeout(patience), self._changed:
-                await self._changed.wait_for(lambda: not self._pending(configs))
+                await self._changed.wait_for(lambda: not self._pending(awaited))
         except TimeoutError:
             failures += [
                 f"interface {config.name}: no NIC with MAC {format_mac(config.mac)} was offered; "
                 "connect the port or correct the MAC"
-                for config in self._pending(configs)
+                for config in self._pending(awaited)
             ]
         wanted = {config.mac for config in configs}
         for interface in self._by_instance.values():

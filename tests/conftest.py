@@ -1,4 +1,8 @@
-"""Fixtures for all tests: private daemons as real processes, killed and cleaned away at the end."""
+"""Fixtures for all tests: private daemons as real processes, killed and cleaned away at the end.
+
+Tests marked `alone` measure gaps or flood something: `make test` runs them one by one after the others, which
+share the processors (pytest-xdist). A plain `pytest` runs all of them one by one.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,9 @@ import pytest
 from vswitchctl.client import Client
 from vswitchctl.errors import VswitchError
 from vswitchctl.launch import DaemonProcess, daemon_environment, start_daemon
+
+# The tests start some hundred interpreters: without their bytecode each would compile the same sources again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @dataclass
@@ -85,8 +92,17 @@ StartDaemon = Callable[..., RunningDaemon]
 
 
 @pytest.fixture
-def daemon_factory() -> Iterator[StartDaemon]:
-    """`daemon_factory(engine=None, options=())` starts a private daemon; all are ended after the test."""
+def tmp_path() -> Iterator[Path]:
+    """A directory of the test's own, as pytest's, but with a name short enough for Unix sockets in it whoever
+    runs the tests and however many workers there are.
+    """
+    with tempfile.TemporaryDirectory(prefix="vswitch-test-", ignore_cleanup_errors=True) as directory:
+        yield Path(directory).resolve()
+
+
+@contextlib.contextmanager
+def daemons() -> Iterator[StartDaemon]:
+    """Gives what starts private daemons; all are ended after the block."""
     running: list[RunningDaemon] = []
 
     def start(engine: str | None = None, options: Sequence[str] = ()) -> RunningDaemon:
@@ -101,12 +117,43 @@ def daemon_factory() -> Iterator[StartDaemon]:
         running.append(daemon)
         return daemon
 
-    yield start
-    for daemon in running:
-        daemon.end()
+    try:
+        yield start
+    finally:
+        for daemon in running:
+            daemon.end()
+
+
+@pytest.fixture
+def daemon_factory() -> Iterator[StartDaemon]:
+    """`daemon_factory(engine=None, options=())` starts a private daemon; all are ended after the test."""
+    with daemons() as start:
+        yield start
 
 
 @pytest.fixture
 def daemon(daemon_factory: StartDaemon) -> RunningDaemon:
     """A private daemon with the default engine."""
     return daemon_factory()
+
+
+@pytest.fixture(scope="module")
+def module_daemon() -> Iterator[RunningDaemon]:
+    """The daemon behind `shared_daemon`."""
+    with daemons() as start:
+        yield start()
+
+
+@pytest.fixture
+def shared_daemon(module_daemon: RunningDaemon) -> Iterator[RunningDaemon]:
+    """A daemon without any resource that the tests of one module use one after the other; for tests that do
+    not touch its process.
+    """
+    yield module_daemon
+    client = module_daemon.client
+    client.on_call = None
+    for partition in client.list_partitions():
+        client.delete_partition(partition.name, force=True)
+    for switch in client.list_switches():
+        client.delete_switch(switch.name, force=True)
+    assert client.list_ports() == []

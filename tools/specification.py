@@ -10,6 +10,7 @@ import argparse
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,11 +50,11 @@ def exists(holder: str) -> bool:
     return False
 
 
-def passed(results: Path) -> set[str]:
-    """`tests/...::name` of every test in a JUnit file of pytest's that ran and passed in all its variants."""
+def passed(results: Iterable[Path]) -> set[str]:
+    """`tests/...::name` of every test in pytest's JUnit files that ran and passed in all its variants."""
     good: set[str] = set()
     bad: set[str] = set()
-    for case in ElementTree.parse(results).getroot().iter("testcase"):
+    for case in (case for file in results for case in ElementTree.parse(file).getroot().iter("testcase")):
         module = case.get("classname", "").split(".")
         while module and not (ROOT / Path(*module).with_suffix(".py")).is_file():
             module.pop()
@@ -74,7 +75,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--names", action="store_true", help="check that every holder exists (the default)")
     parser.add_argument(
-        "--results", type=Path, help="pytest's JUnit file: every pytest holder must have passed"
+        "--results", type=Path, nargs="+", help="pytest's JUnit files: every pytest holder must have passed"
     )
     options = parser.parse_args()
     promises = rows((ROOT / "SPECIFICATION.md").read_text())

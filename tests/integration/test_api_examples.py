@@ -34,22 +34,26 @@ def run(daemon: RunningDaemon, example: str, cwd: Path) -> str:
     return done.stdout
 
 
-def test_the_synchronous_example_pings_and_leaves_nothing(daemon: RunningDaemon, tmp_path: Path) -> None:
-    output = run(daemon, "two_guests.py", tmp_path)
+def test_the_synchronous_example_pings_and_leaves_nothing(
+    shared_daemon: RunningDaemon, tmp_path: Path
+) -> None:
+    output = run(shared_daemon, "two_guests.py", tmp_path)
     assert "guest a runs as process" in output
     assert output.count("is behind switches/example/ports/") == 2
     assert "as expected: switches/example/ports/nowhere does not exist (NOT_FOUND)" in output
 
 
-def test_the_asyncio_example_captures_its_ping(daemon: RunningDaemon, tmp_path: Path) -> None:
-    output = run(daemon, "live_capture.py", tmp_path)
+def test_the_asyncio_example_captures_its_ping(shared_daemon: RunningDaemon, tmp_path: Path) -> None:
+    output = run(shared_daemon, "live_capture.py", tmp_path)
     assert "changed: partitions/live1" in output
     records = list(capture_file.read_file(tmp_path / "ping.pcapng"))
     echoes = [record for record in records if record.data[12:14] == b"\x08\x00" and record.data[23] == 1]
     assert len(echoes) == 10
 
 
-def test_the_scapy_example_is_a_host_that_a_guest_answers(daemon: RunningDaemon, tmp_path: Path) -> None:
-    output = run(daemon, "scapy_host.py", tmp_path)
+def test_the_scapy_example_is_a_host_that_a_guest_answers(
+    shared_daemon: RunningDaemon, tmp_path: Path
+) -> None:
+    output = run(shared_daemon, "scapy_host.py", tmp_path)
     assert "10.9.0.1 is at 00:15:5d:" in output
     assert "ping: 10.9.0.1 answered" in output

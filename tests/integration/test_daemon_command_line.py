@@ -90,9 +90,9 @@ def test_a_blocked_frame_is_injected_dropped_captured_shown_and_traced(
     ],
 )
 def test_mistakes_are_told_in_words_with_their_exit_status(
-    daemon: RunningDaemon, arguments: list[str], status: int, words: str
+    shared_daemon: RunningDaemon, arguments: list[str], status: int, words: str
 ) -> None:
-    done = daemon.cli(*arguments)
+    done = shared_daemon.cli(*arguments)
     assert words.lower() in done.stderr.lower()
     assert "Traceback" not in done.stderr
     assert done.returncode == status

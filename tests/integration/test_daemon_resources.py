@@ -34,8 +34,8 @@ def refused(error: pytest.ExceptionInfo[VswitchError]) -> tuple[grpc.StatusCode,
     return error.value.code, error.value.reason
 
 
-def test_a_switch_and_its_ports_live_and_die(daemon: RunningDaemon) -> None:
-    client = daemon.client
+def test_a_switch_and_its_ports_live_and_die(shared_daemon: RunningDaemon) -> None:
+    client = shared_daemon.client
     assert client.create_switch("s0", labels={"lab": "x"}).name == "switches/s0"
     with pytest.raises(VswitchError) as error:
         client.create_switch("s0")
@@ -58,8 +58,8 @@ def test_a_switch_and_its_ports_live_and_die(daemon: RunningDaemon) -> None:
     assert refused(error) == (grpc.StatusCode.NOT_FOUND, "NOT_FOUND")
 
 
-def test_a_batch_makes_all_ports_or_none(daemon: RunningDaemon) -> None:
-    client = daemon.client
+def test_a_batch_makes_all_ports_or_none(shared_daemon: RunningDaemon) -> None:
+    client = shared_daemon.client
     client.create_switch("s0")
     client.create_port("s0/p1")
     with pytest.raises(VswitchError, match="switches/s0/ports/p1 exists"):
@@ -69,8 +69,8 @@ def test_a_batch_makes_all_ports_or_none(daemon: RunningDaemon) -> None:
     assert [leaf(port.name) for port in client.list_ports("s0")] == ["p1"]
 
 
-def test_lists_come_in_pages(daemon: RunningDaemon) -> None:
-    client = daemon.client
+def test_lists_come_in_pages(shared_daemon: RunningDaemon) -> None:
+    client = shared_daemon.client
     client.create_switch("s0")
     client.create_ports("s0", [f"p{number:03}" for number in range(250)])
     sizes: list[str] = []
@@ -79,8 +79,8 @@ def test_lists_come_in_pages(daemon: RunningDaemon) -> None:
     assert sizes == ["vswitch.v1.PortService/ListPorts"] * 3
 
 
-def test_a_wrong_field_is_named_with_what_to_write(daemon: RunningDaemon) -> None:
-    client = daemon.client
+def test_a_wrong_field_is_named_with_what_to_write(shared_daemon: RunningDaemon) -> None:
+    client = shared_daemon.client
     client.create_switch("s0")
     client.create_partition("a")
     with pytest.raises(VswitchError) as error:
@@ -91,8 +91,8 @@ def test_a_wrong_field_is_named_with_what_to_write(daemon: RunningDaemon) -> Non
     assert client.list_ports() == []
 
 
-def test_a_nic_brings_its_port_and_takes_it_along(daemon: RunningDaemon) -> None:
-    client = daemon.client
+def test_a_nic_brings_its_port_and_takes_it_along(shared_daemon: RunningDaemon) -> None:
+    client = shared_daemon.client
     client.create_switch("s0")
     client.create_partition("a")
     nic = client.create_nic("a/eth0", port="s0/a-eth0", addresses=["10.0.0.1/24"], mtu=1400)
@@ -110,8 +110,8 @@ def test_a_nic_brings_its_port_and_takes_it_along(daemon: RunningDaemon) -> None
     assert client.list_partitions() == []
 
 
-def test_a_port_that_was_there_before_its_nic_stays(daemon: RunningDaemon) -> None:
-    client = daemon.client
+def test_a_port_that_was_there_before_its_nic_stays(shared_daemon: RunningDaemon) -> None:
+    client = shared_daemon.client
     client.create_switch("s0")
     client.create_port("s0/p0")
     client.create_partition("a")
@@ -120,8 +120,8 @@ def test_a_port_that_was_there_before_its_nic_stays(daemon: RunningDaemon) -> No
     assert [port.nic for port in client.list_ports()] == [""]
 
 
-def test_an_extension_is_loaded_changed_and_unloaded(daemon: RunningDaemon) -> None:
-    client = daemon.client
+def test_an_extension_is_loaded_changed_and_unloaded(shared_daemon: RunningDaemon) -> None:
+    client = shared_daemon.client
     client.create_switch("s0")
     extension = client.load_extension("s0", "no-telnet", PLUGIN, file_name="no_telnet.py")
     assert extension.pid > 0
@@ -131,16 +131,18 @@ def test_an_extension_is_loaded_changed_and_unloaded(daemon: RunningDaemon) -> N
     assert client.list_extensions() == []
 
 
-def test_a_plugin_that_cannot_be_loaded_is_refused_with_its_own_error(daemon: RunningDaemon) -> None:
-    daemon.client.create_switch("s0")
+def test_a_plugin_that_cannot_be_loaded_is_refused_with_its_own_error(shared_daemon: RunningDaemon) -> None:
+    shared_daemon.client.create_switch("s0")
     with pytest.raises(VswitchError, match=r"broken\.py") as error:
-        daemon.client.load_extension("s0", "broken", b"import nothing_of_this_name\n", file_name="broken.py")
+        shared_daemon.client.load_extension(
+            "s0", "broken", b"import nothing_of_this_name\n", file_name="broken.py"
+        )
     assert error.value.code is grpc.StatusCode.INVALID_ARGUMENT
-    assert daemon.client.list_extensions() == []
+    assert shared_daemon.client.list_extensions() == []
 
 
-def test_injected_frames_are_counted_and_their_drops_have_a_reason(daemon: RunningDaemon) -> None:
-    client = daemon.client
+def test_injected_frames_are_counted_and_their_drops_have_a_reason(shared_daemon: RunningDaemon) -> None:
+    client = shared_daemon.client
     client.create_switch("s0")
     client.create_port("s0/p0")
     done = client.inject("s0/p0", [BROADCAST] * 300)
@@ -151,8 +153,8 @@ def test_injected_frames_are_counted_and_their_drops_have_a_reason(daemon: Runni
     assert all(drop.reason and drop.code for drop in counters.drops)
 
 
-def test_a_trace_names_stages_and_changes_nothing(daemon: RunningDaemon) -> None:
-    client = daemon.client
+def test_a_trace_names_stages_and_changes_nothing(shared_daemon: RunningDaemon) -> None:
+    client = shared_daemon.client
     client.create_switch("s0")
     client.create_port("s0/p0")
     (traced,) = client.trace("s0/p0", [BROADCAST])
@@ -162,8 +164,8 @@ def test_a_trace_names_stages_and_changes_nothing(daemon: RunningDaemon) -> None
     assert client.get_port("s0/p0").counters == port_pb2.PortCounters()
 
 
-def test_a_watch_gives_the_snapshot_then_what_happens(daemon: RunningDaemon) -> None:
-    client = daemon.client
+def test_a_watch_gives_the_snapshot_then_what_happens(shared_daemon: RunningDaemon) -> None:
+    client = shared_daemon.client
     client.create_switch("s0")
     stream = client.watch(["switches/"])
     assert next(stream).change.name == "switches/s0"
@@ -180,8 +182,8 @@ def test_a_watch_gives_the_snapshot_then_what_happens(daemon: RunningDaemon) -> 
     stream.close()  # type: ignore[attr-defined]
 
 
-def test_a_deadline_ends_a_call(daemon: RunningDaemon) -> None:
-    client = daemon.client
+def test_a_deadline_ends_a_call(shared_daemon: RunningDaemon) -> None:
+    client = shared_daemon.client
     client.create_switch("s0")
     stream = client.channel.unary_stream(
         "/vswitch.v1.WatchService/Watch",
@@ -195,11 +197,11 @@ def test_a_deadline_ends_a_call(daemon: RunningDaemon) -> None:
     assert time.monotonic() - began < 5
 
 
-def test_health_and_reflection_answer(daemon: RunningDaemon) -> None:
+def test_health_and_reflection_answer(shared_daemon: RunningDaemon) -> None:
     from grpc_health.v1 import health_pb2, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-    channel = daemon.client.channel
+    channel = shared_daemon.client.channel
     health = health_pb2_grpc.HealthStub(channel)
     answer = health.Check(health_pb2.HealthCheckRequest(service="vswitch.v1.SwitchService"), timeout=5)
     assert answer.status == health_pb2.HealthCheckResponse.SERVING

@@ -14,6 +14,7 @@ import pytest
 from guests import Guest, World, world
 
 import vswitch_native
+from hypervisor import PartitionState
 from hypervisor.agent import AgentError
 from vswitch_wire import door
 from vswitch_wire.engine import Engine
@@ -187,6 +188,10 @@ async def test_a_lost_door_takes_the_carrier_alone_and_a_resumed_one_brings_traf
             await asyncio.sleep(0.01)
         assert carrier(a) == "0"
         assert has_address(a)
+        for _ in range(200):
+            if a.partition.state is not PartitionState.RUNNING:  # the host's own thread tells it
+                break
+            await asyncio.sleep(0.01)
         await a.partition.attach()
         for _ in range(500):
             if carrier(a) == "1":
@@ -285,8 +290,9 @@ async def test_a_configuration_that_cannot_be_is_refused_by_name(tmp_path: Path)
                 "gateway 10.77.0.1 is not reachable from 10.9.0.1/24",
             ),
         ):
-            with pytest.raises(AgentError, match=words):
+            with pytest.raises(AgentError, match=words) as refusal:
                 await guest.partition.configure(document)
+            assert "was offered" not in str(refusal.value), "told of a NIC that is there"
 
 
 def test_a_guest_without_a_door_says_who_starts_guests() -> None:

@@ -29,6 +29,7 @@ from vswitch_wire.memory import signal_fd
 # hiccup is not an outage, and nothing may be lost in either.
 LARGEST_GAP_MS = 500.0
 needs_native = pytest.mark.skipif(not vswitch_native.AVAILABLE, reason=vswitch_native.WHY)
+pytestmark = pytest.mark.alone
 engines = pytest.mark.parametrize("engine", ["python", pytest.param("native", marks=needs_native)])
 
 

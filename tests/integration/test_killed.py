@@ -30,7 +30,7 @@ from vswitchlab.progress import Silent
 from vswitchlab.resolve import resolve_mapping
 from vswitchlab.shipped import example
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.alone]
 
 INTERVAL = 0.01
 

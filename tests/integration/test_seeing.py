@@ -23,6 +23,7 @@ from waiting import eventually
 
 import vswitch_native
 from netvsc.scapy_layers import NVSP, VMBusCaptured
+from vswitch_api.v1 import nic_pb2
 from vswitchctl.capture_file import Record, read
 from vswitchctl.frame_text import describe
 from vswitchctl.launch import ROOT
@@ -93,9 +94,8 @@ def checked(done: subprocess.CompletedProcess[str]) -> str:
 
 @contextmanager
 def capturing(daemon: RunningDaemon, *arguments: str) -> Iterator[list[Record]]:
-    """`vswitch capture start ...
-
-    --write -` piped into this process; the records are there after the block.
+    """`vswitch capture start ... --write -` into a pipe of this process; the records are there after the
+    block.
     """
     environment = {
         **os.environ,
@@ -229,7 +229,7 @@ def test_the_vmbus_of_a_guest_is_recorded_and_scapy_dissects_it(pair: RunningDae
     with capturing(pair, "a", "--vmbus") as records:
         assert ping(pair) == 3
         pair.client.create_nic("a/eth1", port="s0/extra", addresses=["10.0.1.1/24"])
-        time.sleep(1.0)
+        eventually(lambda: pair.client.get_nic("a/eth1").state == nic_pb2.NIC_STATE_OPEN)
     assert {record.link_type for record in records} == {147}
     layers = [VMBusCaptured(record.data) for record in records]
     ring = [layer for layer in layers if layer.kind == 2 and NVSP in layer]
