@@ -8,12 +8,15 @@ BIN    := $(VENV)/bin
 CARGO  ?= cargo
 PYTEST_ARGS ?=
 TEST_JOBS ?= $(shell nproc)
+# `make test GUESTS=no` leaves out the stock guests; `make guests KERNEL=bzImage MODULES=lib/modules/RELEASE [INITRD=F]` boots yours.
+GUESTS ?= yes
+GUESTS_ARGS ?=
 FUZZ_SECONDS ?= 60
 
 PACKAGES := hypervisor netvsc netvsp vswitch vswitch_confine vswitch_native vswitch_wire vswitchctl vswitchd vswitchlab
 RUST_SOURCES := $(shell find native -path native/target -prune -o -path native/fuzz -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 
-.PHONY: demo test native wheel lint lint-python lint-rust test-rust fuzz proto proto-check proto-baseline clean
+.PHONY: demo test guests guests-machine native wheel lint lint-python lint-rust test-rust fuzz proto proto-check proto-baseline clean
 
 # --- for everyone ---------------------------------------------------------------------------------------------
 
@@ -25,6 +28,13 @@ test: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/.installed-dev      ## every test that needs no special hardware
 	$(BIN)/python -m pytest -m "not alone" -n $(TEST_JOBS) --dist worksteal --junitxml=build/tests.xml $(PYTEST_ARGS) || [ $$? -eq 5 ]
 	$(BIN)/python -m pytest -m alone --junitxml=build/tests-alone.xml $(PYTEST_ARGS) || [ $$? -eq 5 ]
+
+guests: $(VENV)/.installed-dev    ## stock Debian kernels (or KERNEL=, MODULES=, INITRD=) boot as guests and work
+	$(BIN)/python -m tests.guests.run $(if $(KERNEL),--own-kernel $(KERNEL)) $(if $(MODULES),--own-modules $(MODULES)) \
+		$(if $(INITRD),--own-initrd $(INITRD)) $(GUESTS_ARGS)
+
+guests-machine:                   ## as root: what emulates a machine where KVM cannot run such guests (Debian)
+	apt-get update -q && apt-get install -qy --no-install-recommends qemu-system-x86 debian-archive-keyring
 
 wheel: $(VENV)/.installed-dev     ## dist/vswitch-*.whl, which installs where there is no cargo
 	rm -rf dist

@@ -1,0 +1,57 @@
+"""Fixtures of the tests that run where stock guests boot."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Outside of `make guests` there is no kernel to boot and often no KVM: these files are not tests there.
+collect_ignore_glob = [] if "VSWITCH_GUESTS_MANIFEST" in os.environ else ["test_*.py"]
+
+if "VSWITCH_GUESTS_MANIFEST" in os.environ:
+    from tests.guests.inside.world import BOX, VM1, VM2, Box, World, has_address
+    from tests.guests.stock_guest import StockGuest
+
+    @pytest.fixture(scope="session")
+    def world() -> Iterator[World]:
+        """The lab, with its guests up."""
+        told = Path(os.environ["VSWITCH_GUESTS_MANIFEST"])
+        world = World(
+            json.loads(told.read_text()), told.parent, int(os.environ.get("VSWITCH_GUESTS_VOLUME", "4"))
+        )
+        try:
+            world.client.create_switch("s0")
+            for machine in (VM1, VM2):
+                world.create(machine)
+            for machine in (VM1, VM2):
+                world.client.start_partition(machine.name)
+            world.client.create_partition(BOX.name)
+            world.client.create_nic(BOX.nic, port=BOX.port, mac=BOX.mac, addresses=[f"{BOX.address}/24"])
+            world.client.start_partition(BOX.name)
+            guests = [world.join(machine) for machine in (VM1, VM2)]
+            world.box = Box(world)
+            for guest in guests:
+                guest.wait_ready(150)
+                has_address(guest)
+            yield world
+        finally:
+            world.end()
+
+    @pytest.fixture
+    def vm1(world: World) -> StockGuest:
+        """The guest with four processors."""
+        return world.guests[VM1.name]
+
+    @pytest.fixture
+    def vm2(world: World) -> StockGuest:
+        """The guest with two."""
+        return world.guests[VM2.name]
+
+    @pytest.fixture
+    def box(world: World) -> Box:
+        """The process guest."""
+        return world.box

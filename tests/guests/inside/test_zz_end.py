@@ -1,0 +1,63 @@
+"""At the end: nothing in the kernels' logs that Hyper-V would not cause, then reboot and shutdown."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from tests.guests.inside.test_netvsc import works
+from tests.guests.inside.world import BOX, VM1, VM2, Pinging, World, has_address
+from vswitch_api.v1 import partition_pb2
+
+if TYPE_CHECKING:
+    from tests.guests.stock_guest import StockGuest
+
+# Warnings (and worse) that a stock Hyper-V host causes as well, or that are of the guest's small userland.
+# Each with its reason; whatever is not here fails the test.
+ALLOWED: dict[str, str] = {}
+"""regular expression -> reason"""
+
+
+def unexpected(log: str) -> list[str]:
+    """Lines of warning level and above that no reason covers; from `dmesg -r`."""
+    bad = []
+    for line in log.splitlines():
+        found = re.match(r"<(\d+)>\[[ \d.]+\] (.*)", line)
+        if not found or int(found[1]) & 7 > 4:
+            continue
+        if not any(re.search(pattern, found[2]) for pattern in ALLOWED):
+            bad.append(found[2])
+    return bad
+
+
+def test_the_kernels_warn_of_nothing_that_hyper_v_would_not_cause(
+    world: World, vm1: StockGuest, vm2: StockGuest
+) -> None:
+    bad = {}
+    for guest in (vm1, vm2):
+        log = guest.sh("cat /run/dmesg.kept 2>/dev/null; dmesg -r", 60)
+        world.keep(f"dmesg-{guest.name}.txt", log)
+        bad[guest.name] = unexpected(log)
+    assert bad == {VM1.name: [], VM2.name: []}
+
+
+def test_the_guest_reboots_by_itself_and_is_back(world: World, vm1: StockGuest, vm2: StockGuest) -> None:
+    boots = world.client.get_partition(VM1.name).guest.boots
+    with Pinging(vm2, [BOX.address]):
+        vm1.run("reboot", 10)
+        vm1.wait_console("shutdown hooks: ran", 60)
+        vm1.wait_ready(150)
+        has_address(vm1)
+        works(vm1)
+    assert world.client.get_partition(VM1.name).guest.boots == boots + 1
+    assert float(vm1.sh("cut -d. -f1 /proc/uptime")) < 150
+
+
+def test_shutdown_on_request_runs_the_guests_hooks(world: World, vm1: StockGuest, vm2: StockGuest) -> None:
+    with Pinging(vm2, [BOX.address]):
+        world.cli("partition", "stop", VM1.name, "--timeout", "60", timeout=120)
+        assert "adapters: " in vm1.wait_console(r"shutdown hooks: ran .*", 10)
+    partition = world.client.get_partition(VM1.name)
+    assert partition.state == partition_pb2.PARTITION_STATE_STOPPED
+    assert "Requesting system poweroff" in vm1.console
+    assert VM2.name in {each.name.rpartition("/")[2] for each in world.client.list_partitions()}
