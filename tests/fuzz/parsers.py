@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
+from hypervisor.integration import icmsg, kvp_messages
 from netvsp.handshake import Handshake, ProtocolError
 from netvsp.oids import Adapter
 from netvsp.rndis_control import RndisControl
-from vswitch_wire import door, gpadl, hypercall, ndis, nvsp, rndis, vmbus
+from vswitch_wire import door, gpadl, hypercall, ndis, nvsp, packet, rndis, vmbus
 from vswitch_wire.errors import UnknownMessage, WireError
 
 
@@ -134,6 +135,31 @@ _NDIS: tuple[Callable[[bytes], object], ...] = (
     ndis.OffloadParameters.unpack,
     ndis.ConfigParameter.unpack,
 )
+
+
+def integration_messages(data: bytes) -> None:
+    """Answers of a guest's integration drivers: packet, header, a choice of versions, keys and values."""
+    with contextlib.suppress(WireError):
+        received = packet.decode(data)
+        message = icmsg.IcMessage.unpack(received.payload)
+        assert icmsg.IcMessage.unpack(message.pack()) == message
+        data = message.body
+    offered = (icmsg.Version(1, 0), icmsg.Version(3, 0))
+    with contextlib.suppress(WireError):
+        chosen = icmsg.unpack_negotiation(data, icmsg.FRAMEWORK_VERSIONS, offered)
+        assert chosen is None or chosen[1] in offered
+    texts: list[str] = []
+    with contextlib.suppress(WireError):
+        texts.extend(kvp_messages.unpack_enumerate(data))
+    with contextlib.suppress(WireError):
+        texts.append(kvp_messages.unpack_get(data))
+    with contextlib.suppress(WireError):
+        # Longer than the fuzzer's inputs.
+        info = kvp_messages.unpack_ip_info(data[:7428].ljust(7428, b"\0"))
+        texts.extend((*info.addresses, *info.subnets, *info.gateways, *info.dns))
+    for text in texts:
+        assert len(text) <= 1024
+        assert text.replace("\ufffd", "").isprintable()
 
 
 def door_frames(data: bytes) -> None:

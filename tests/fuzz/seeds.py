@@ -1,11 +1,15 @@
-"""Writes the corpus of the stateful target: programs of `vmbus_server.py` that reach each of its corners.
+"""Writes the corpus of the stateful target, programs of `vmbus_server.py` that reach each of its corners, and
+that of the integration services.
 
-python tests/fuzz/seeds.py
+PYTHONPATH=. python tests/fuzz/seeds.py
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from hypervisor.integration import icmsg, kvp_messages
+from vswitch_wire import packet
 
 CORPUS = Path(__file__).resolve().parent / "corpus" / "vmbus_server"
 
@@ -89,8 +93,41 @@ PROGRAMS: dict[str, bytes] = {
 }
 
 
+def answer(body: bytes, kind: int = icmsg.ICMSGTYPE_KVPEXCHANGE, status: int = 0) -> bytes:
+    """A packet with a guest's answer."""
+    version = icmsg.Version(3, 0)
+    message = icmsg.IcMessage(kind, version, version, body, status, 1, 5)
+    return packet.encode_inband(message.pack(), 1, False)
+
+
+def entry(key: str, value: str) -> bytes:
+    """An answered enumeration."""
+    body = bytearray(kvp_messages.pack_enumerate(kvp_messages.KvpPool.AUTO, 0))
+    for size_at, at, text in ((12, 20, key), (16, 532, value)):
+        encoded = text.encode("utf-16-le") + b"\0\0"
+        body[size_at : size_at + 4] = len(encoded).to_bytes(4, "little")
+        body[at : at + len(encoded)] = encoded
+    body[8] = kvp_messages.REG_SZ
+    return bytes(body)
+
+
+ANSWERS: dict[str, bytes] = {
+    "chosen": answer(bytes.fromhex("0100010000000000 0300000003000000".replace(" ", "")), 0),
+    "nothing chosen": answer(bytes(16), 0),
+    "heartbeat": answer((1).to_bytes(40, "little"), icmsg.ICMSGTYPE_HEARTBEAT),
+    "refused": answer(b"", icmsg.ICMSGTYPE_SHUTDOWN, icmsg.HV_E_FAIL),
+    "key and value": answer(entry("OSName", "Debian")),
+    "addresses": answer(entry("NetworkAddressIPv4", "10.0.0.2;10.0.0.3")),
+    "adapter": kvp_messages.pack_get_ip_info("00:15:5d:00:00:01")[:600],
+}
+
+
 def main() -> None:
     """Writes everything."""
+    integration = CORPUS.parent / "integration"
+    integration.mkdir(parents=True, exist_ok=True)
+    for name, data in ANSWERS.items():
+        (integration / name.replace(" ", "-")).write_bytes(data)
     CORPUS.mkdir(parents=True, exist_ok=True)
     for name, program in PROGRAMS.items():
         (CORPUS / name.replace(" ", "-").replace("'s", "")).write_bytes(program)

@@ -28,5 +28,8 @@ TARGETS: dict[str, Target] = {
     "gpadl": Target(parsers.gpadls, _NATIVE / "gpadl", 1 / 4),
     "nvsp": Target(parsers.nvsp_messages, _NATIVE / "nvsp", 1 / 4),
     "rndis": Target(parsers.rndis_messages, _NATIVE / "rndis", 1 / 4),
+    "integration": Target(
+        parsers.integration_messages, Path(__file__).parent / "corpus" / "integration", 1 / 4
+    ),
     "door": Target(parsers.door_frames, _NATIVE / "door", 1 / 4),
 }
