@@ -75,16 +75,16 @@ lint-python: $(VENV)/.installed-dev
 	$(BIN)/deptry .
 	$(BIN)/python tools/specification.py --names
 
-# The second check finds dependencies that a crate names and does not use.
+# The first clippy also finds dependencies that a crate names and does not use (tests use only some of them).
 lint-rust:
 	cd native && $(CARGO) fmt --all --check
+	cd native && $(CARGO) clippy --workspace --lib -- -D warnings -D unused_crate_dependencies
 	cd native && $(CARGO) clippy --workspace --all-targets -- -D warnings
-	cd native && RUSTFLAGS='-Dunused_crate_dependencies' $(CARGO) check --workspace --lib --target-dir target/unused
 
 # The loom runs try every interleaving of the epoch and ring protocols' atomic steps.
 test-rust:
 	cd native && $(CARGO) test --workspace --exclude vswitch-native
-	cd native && RUSTFLAGS='--cfg loom' $(CARGO) test --release -p vswitch-epoch -p vswitch-ring --test loom --target-dir target/loom
+	cd native && RUSTFLAGS='--cfg loom' $(CARGO) test -p vswitch-epoch -p vswitch-ring --test loom --target-dir target/loom
 
 proto: $(VENV)/.installed-dev     ## vswitch_api/ anew from proto/
 	$(BIN)/python proto/generate.py
