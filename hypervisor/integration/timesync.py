@@ -11,6 +11,7 @@ is the counter the guest reads. Earlier versions are taken as true when they arr
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Callable
 from typing import ClassVar
@@ -20,6 +21,8 @@ from hypervisor.clock import Clock
 from hypervisor.integration import icmsg
 from hypervisor.integration.icmsg import Version
 from hypervisor.integration.service import Answer, IntegrationError, IntegrationService, pause
+
+_log = logging.getLogger("hypervisor.integration")
 
 VERSIONS = (Version(1, 0), Version(3, 0), Version(4, 0))
 REFERENCE_FROM = Version(4, 0)
@@ -71,12 +74,18 @@ class TimeSync(IntegrationService):
         """Set the clock once, then samples, and again when the host's clock was set."""
         flags = FLAG_SYNC
         while True:
-            self._note_offset()
-            await self._sample(flags)
+            try:
+                self._note_offset()
+                await self._sample(flags)
+                flags = FLAG_SAMPLE
+            except IntegrationError as error:
+                # The guest owes the answer to a request that was given up: the same again later.
+                _log.debug("%s", error)
             await pause(self.clock, SAMPLE_SECONDS)
-            flags = FLAG_SYNC if self._jumped() else FLAG_SAMPLE
+            if self._jumped():
+                flags = FLAG_SYNC
 
-    async def _sample(self, flags: int) -> Answer | None:
+    async def _sample(self, flags: int) -> Answer:
         session = self._ready()
         async with session.lock:
             return await self.start(session, self._body(flags))

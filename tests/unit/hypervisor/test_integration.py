@@ -255,6 +255,21 @@ async def test_the_guest_follows_when_the_hosts_own_clock_was_set(bench: Bench) 
     assert len(bench.timesync.clock_ns) == 2
 
 
+async def test_samples_go_on_after_a_request_that_was_given_up(bench: Bench) -> None:
+    await bench.opened(bench.timesync, stock_utils.TIMESYNC, "time sync")
+    await until(lambda: len(bench.timesync.clock_ns) == 1)
+    bench.timesync.mute = True
+    asking = asyncio.ensure_future(bench.services.sync_time())
+    await bench.advance(20, asking.done)
+    with pytest.raises(IntegrationError, match="not answered within 10 s"):
+        await asking
+    await bench.advance(11)
+    bench.timesync.mute = False
+    bench.timesync.interrupted()
+    assert len(bench.timesync.clock_ns) == 2
+    await bench.advance(6, lambda: bench.timesync.samples > 0)
+
+
 async def test_without_the_guests_reference_counter_version_4_is_not_offered(tmp_path: Path) -> None:
     clock = WarpClock()
     world = World(tmp_path / "run", clock=clock)
