@@ -118,6 +118,10 @@ class _Bucket:
             return 0.0
         return (1 - self._tokens) / self._rate
 
+    def put_back(self) -> None:
+        """Nothing was there to be taken."""
+        self._tokens += 1
+
 
 class AsyncioDoorLink:
     """One door on the event loop."""
@@ -248,6 +252,7 @@ class AsyncioDoorLink:
                 GUEST_FRAME_LIMIT, room, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
             )
         except (BlockingIOError, InterruptedError):
+            self._bucket.put_back()
             return False
         except OSError as error:
             self._drop(f"the guest's side is gone ({error.strerror})")

@@ -103,7 +103,7 @@ def _check_block(gpa: int, size: int) -> None:
 
 
 def _overlap(first: int, first_size: int, second: int, second_size: int) -> None:
-    if first < second + second_size and second < first + first_size:
+    if first_size and first < second + second_size and second < first + first_size:
         raise HypercallFailure(HvStatus.INVALID_HYPERCALL_INPUT)
 
 

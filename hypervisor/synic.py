@@ -131,6 +131,7 @@ class Synic:
         self._send = send
         self._changed = changed
         self._bound: list[BoundInterrupt] = []
+        self._queued = 0
         self.on_room: Callable[[], None] = lambda: None
 
     @property
@@ -149,11 +150,12 @@ class Synic:
     def post(self, vp: int, sint: int, message: synic.Message) -> None:
         """Queue a message for the slot of (vp, sint), FIFO."""
         self.processors[vp].queues[sint].append(message)
+        self._queued += 1
         self._pump(vp, sint)
 
     def queued(self) -> int:
         """Messages that no DELIVER has carried yet."""
-        return sum(len(queue) for processor in self.processors for queue in processor.queues)
+        return self._queued
 
     def end_of_message(self, vp: int, sint: int) -> None:
         """The guest's side emptied the slot. WireError when no message was outstanding there."""
@@ -168,6 +170,7 @@ class Synic:
         for processor in self.processors:
             for queue in processor.queues:
                 queue.clear()
+        self._queued = 0
 
     def door_lost(self) -> None:
         """What was outstanding is lost with the door; what waits belongs to a conversation that ended."""
@@ -175,11 +178,10 @@ class Synic:
         for processor in self.processors:
             processor.outstanding.clear()
 
-    def pump_all(self) -> None:
-        """Deliver whatever may be delivered."""
-        for processor in self.processors:
-            for sint in range(synic.HV_SYNIC_SINT_COUNT):
-                self._pump(processor.index, sint)
+    def _pump_all(self, vp: int) -> None:
+        """Deliver whatever may be delivered to this processor."""
+        for sint in range(synic.HV_SYNIC_SINT_COUNT):
+            self._pump(vp, sint)
 
     def _pump(self, vp: int, sint: int) -> None:
         processor = self.processors[vp]
@@ -192,6 +194,7 @@ class Synic:
         if self._send(door.Deliver(vp, sint, message.pack())):
             processor.outstanding.add(sint)
             queue.popleft()
+            self._queued -= 1
 
     # --- events ---
 
@@ -273,7 +276,7 @@ class Synic:
         if msr != synic.HV_X64_MSR_EOM:
             self._retarget()
             self._changed()
-        self.pump_all()
+        self._pump_all(vp)
 
     def _page(self, value: int) -> int:
         page = synic.PageRegister.unpack(value)

@@ -52,6 +52,7 @@ _REPLY = struct.Struct("<HBBIQHH")
 PASS_INGRESS = 0
 PASS_EGRESS = 1
 REQUEST_FLAG_TRACE = 1
+REQUEST_FLAG_LARGE_SEND = 2
 VERDICT_ALLOW = 0
 VERDICT_DROP = 1
 VERDICT_ERROR = 2
@@ -78,13 +79,15 @@ class UpcallRequest:
     data: bytes
     trace: bool = False
     """Nothing will happen to this frame: answer as for a real one, but count and change nothing."""
+    large_send: bool = False
+    """To be segmented on delivery: the length in its IP header is the sender's fancy and means nothing."""
 
     def pack(self) -> bytes:
         name = self.port_name.encode()
         header = _REQUEST.pack(
             VERSION,
             PASS_EGRESS if self.egress else PASS_INGRESS,
-            REQUEST_FLAG_TRACE if self.trace else 0,
+            (REQUEST_FLAG_TRACE if self.trace else 0) | (REQUEST_FLAG_LARGE_SEND if self.large_send else 0),
             self.in_port,
             NONE_U32 if self.out_port is None else self.out_port,
             NONE_U32 if self.vlan_tci is None else self.vlan_tci,
@@ -117,6 +120,7 @@ class UpcallRequest:
             port_name=name,
             data=data,
             trace=bool(flags & REQUEST_FLAG_TRACE),
+            large_send=bool(flags & REQUEST_FLAG_LARGE_SEND),
         )
 
 

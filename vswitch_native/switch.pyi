@@ -43,7 +43,7 @@ class Datapath:
     """One datapath with its worker thread; `vswitch.engine.native.NativeDatapath` wraps it."""
 
     def __init__(self, limits: Sequence[int], manual_time: bool) -> None:
-        """`limits`: the ten of `vswitch.engine.Limits` in their order, times in nanoseconds."""
+        """`limits`: the eleven of `vswitch.engine.Limits` in their order, times in nanoseconds."""
     @property
     def event_fd(self) -> int: ...
     def add_port(self, port_id: int, name: str, mtu: int) -> None: ...

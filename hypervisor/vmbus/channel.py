@@ -39,8 +39,8 @@ class Channel:
     state: ChannelState = ChannelState.CLOSED
     offered: bool = False
     """The guest knows the relid: it got OFFERCHANNEL and has not released it."""
-    revoking: bool = False
-    """The host is taking the channel away: nothing is opened any more."""
+    revoking: asyncio.Future[None] | None = None
+    """The host is taking the channel away: nothing is opened any more. Done when it has."""
     revoked: bool = False
     """RESCIND was sent; waiting for RELID_RELEASED."""
     withheld: str = ""

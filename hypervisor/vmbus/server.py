@@ -362,9 +362,11 @@ class VmbusServer:
             await self._lifecycle.quiesce(channel)
 
     async def _revoke(self, channel: Channel, *, keep_device: bool = False) -> None:
-        if channel.revoking:
-            return
-        channel.revoking = True
+        while channel.revoking is not None:
+            await asyncio.wait({channel.revoking})
+            if keep_device or channel.device is None:
+                return
+        channel.revoking = done = self._loop.create_future()
         try:
             if not channel.sub_channel_index:
                 await self.revoke_sub_channels(channel)
@@ -381,7 +383,8 @@ class VmbusServer:
             elif channel.device is None:
                 del self._channels[channel.relid]
         finally:
-            channel.revoking = False
+            channel.revoking = None
+            done.set_result(None)
         self._changed()
 
     async def revoke_sub_channels(self, primary: Channel) -> None:

@@ -19,7 +19,7 @@ from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.packet import Packet as ScapyPacket
 from scapy.packet import Raw
 
-from vswitch.endpoint import Frame
+from vswitch.endpoint import Frame, Offload
 from vswitch.engine.python import parse as switch_parser
 from vswitch.extension.packet import Packet
 from vswitch.fields import Field
@@ -114,13 +114,13 @@ def looked_at(packet: Packet) -> dict[Field, int]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(data=damaged(), tag=tags)
+@given(data=damaged(), tag=tags, mss=st.sampled_from([0, 0, 1400]))
 def test_the_view_and_the_switch_s_parser_agree_on_every_frame_whose_verdict_may_be_cached(
-    data: bytes, tag: int | None
+    data: bytes, tag: int | None, mss: int
 ) -> None:
-    parsed = switch_parser.Packet(Frame(data, vlan_tci=tag), 3, 1)
+    parsed = switch_parser.Packet(Frame(data, Offload(mss=mss), vlan_tci=tag), 3, 1)
     switch_parser.parse(parsed)
-    view = Packet(UpcallRequest(False, 3, None, tag, len(data), "a", data[:2048]))
+    view = Packet(UpcallRequest(False, 3, None, tag, len(data), "a", data[:2048], large_send=mss > 0))
     seen = looked_at(view)
     if not parsed.regular or not view.may_be_cached(view.allow()):
         return
@@ -129,6 +129,9 @@ def test_the_view_and_the_switch_s_parser_agree_on_every_frame_whose_verdict_may
     fragment = parsed.fields[Field.IP_FRAG]
     if view.ip:
         assert view.ip.is_fragment is (fragment != 0)
+    if fragment != 2 and mss:
+        # What a large send's header says of its length hides nothing.
+        assert (view.tcp is not None) == (parsed.fields[Field.IP_PROTO] == 6)
     if fragment == 2:
         assert view.tcp is view.udp is view.icmp is view.icmpv6 is None
 

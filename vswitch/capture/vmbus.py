@@ -25,6 +25,8 @@ KIND_MESSAGE = 1
 KIND_RING_PACKET = 2
 QUEUED_RECORDS = 8192
 """Records waiting to be read; more are counted as lost."""
+QUEUED_BYTES = 16 << 20
+"""Their bytes in all: a ring packet may have half a megabyte."""
 _PSEUDO_HEADER = struct.Struct("<BBBBI")
 
 VmbusDirection = Literal["in", "out"]
@@ -41,7 +43,9 @@ class VmbusCapture:
         self._partition = partition
         self._snaplen = snaplen
         self._packet_limit = packet_limit
-        self._queue: deque[tuple[int, bytes, VmbusDirection]] = deque()
+        self._queue: deque[tuple[int, bytes, int, VmbusDirection]] = deque()
+        """Time, what is kept, length of the whole, direction."""
+        self._queued_bytes = 0
         self._waiting = asyncio.Event()
         self._stopped = False
         self._writer = pcapng.PcapngWriter()
@@ -92,24 +96,27 @@ class VmbusCapture:
     def _put(self, direction: VmbusDirection, kind: int, relid: int, data: bytes, timestamp_ns: int) -> None:
         if self._stopped:
             return
-        if len(self._queue) >= QUEUED_RECORDS:
+        header = _PSEUDO_HEADER.pack(1, 0 if direction == "in" else 1, kind, 0, relid)
+        length = len(header) + len(data)
+        kept = (header + bytes(data))[: self._snaplen or length]
+        if len(self._queue) >= QUEUED_RECORDS or self._queued_bytes + len(kept) > QUEUED_BYTES:
             self.lost += 1
             return
-        header = _PSEUDO_HEADER.pack(1, 0 if direction == "in" else 1, kind, 0, relid)
-        self._queue.append((timestamp_ns, header + bytes(data), direction))
+        self._queue.append((timestamp_ns, kept, length, direction))
+        self._queued_bytes += len(kept)
         self._waiting.set()
 
     def _encode(self, number: int) -> bytes:
         blocks = []
         while self._queue and not 0 < self._packet_limit <= self.packets:
-            timestamp_ns, data, direction = self._queue.popleft()
+            timestamp_ns, kept, length, direction = self._queue.popleft()
+            self._queued_bytes -= len(kept)
             self.packets += 1
             lost, self._lost_told = self.lost - self._lost_told, self.lost
-            kept = data[: self._snaplen] if self._snaplen else data
             flags = pcapng.DIRECTION_INBOUND if direction == "in" else pcapng.DIRECTION_OUTBOUND
             blocks.append(
                 self._writer.packet(
-                    number, timestamp_ns, kept, len(data), flags=flags, packet_id=self.packets, lost=lost
+                    number, timestamp_ns, kept, length, flags=flags, packet_id=self.packets, lost=lost
                 )
             )
         return b"".join(blocks)

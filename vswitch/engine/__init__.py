@@ -90,6 +90,8 @@ class Limits:
     upcall_deadline_seconds: float = 1.0
     capture_frames: int = 4096
     """Frames waiting in one capture tap to be read."""
+    capture_bytes: int = 16 << 20
+    """Their bytes in all."""
 
 
 @dataclass(slots=True)

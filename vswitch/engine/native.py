@@ -101,6 +101,7 @@ class NativeDatapath:
                 chosen.upcalls_per_port,
                 int(chosen.upcall_deadline_seconds * 1e9),
                 chosen.capture_frames,
+                chosen.capture_bytes,
             ),
             manual_time,
         )

@@ -301,14 +301,27 @@ class ExtensionHost:
         except BaseException:
             channel.close()
             raise
-        old_channel, old_process = loaded.channel, loaded.process
+        old_channel, old_process, old_ready, old_state = (
+            loaded.channel,
+            loaded.process,
+            loaded.ready,
+            loaded.state,
+        )
         loaded.channel = dataclasses.replace(channel, passes=ready.passes)
         loaded.process, loaded.ready = process, ready
         loaded.state = ExtensionState.RUNNING
         loaded.running_since = time.monotonic()
         process.on_stale = lambda attribute: self._stale(loaded, attribute)
         process.ended.add_done_callback(lambda ended: self._process_ended(loaded, process, ended))
-        await self._publish()
+        try:
+            await self._publish()
+        except BaseException:
+            # The datapath goes on with what it has.
+            loaded.channel, loaded.process = old_channel, old_process
+            loaded.ready, loaded.state = old_ready, old_state
+            await process.kill()
+            channel.close()
+            raise
         if old_channel is not None:
             old_channel.close()
         if old_process is not None:

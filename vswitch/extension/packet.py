@@ -426,7 +426,7 @@ class Packet:
         """(protocol, fragment bits, offset of the next header, end of the packet), None when malformed."""
         if isinstance(self._ip_parsed, bool):
             parse = _parse_ipv4 if self._ethertype == ETHERTYPE_IPV4 else _parse_ipv6
-            self._ip_parsed = parse(self._data, self._l3)
+            self._ip_parsed = parse(self._data, self._l3, self._request.large_send)
         return self._ip_parsed
 
     def _l4(self, protocol: int, size: int, ethertype: int | None = None) -> bytes | None:
@@ -469,23 +469,23 @@ def _ethertype(data: bytes, may_be_tagged: bool) -> tuple[int, int]:
     return ethertype, 14
 
 
-def _parse_ipv4(data: bytes, start: int) -> tuple[int, int, int, int] | None:
+def _parse_ipv4(data: bytes, start: int, large_send: bool) -> tuple[int, int, int, int] | None:
     if len(data) < start + 20 or data[start] >> 4 != 4:
         return None
     header_length = (data[start] & 0xF) * 4
     if header_length < 20 or len(data) < start + header_length:
         return None
     total_length, fragment = struct.unpack_from(">HxxH", data, start + 2)
-    # 0 is what a large send carries: its segments' lengths are not known yet.
-    end = start + total_length if total_length else len(data)
+    # A large send's segments get lengths of their own: what its header says would only hide what follows.
+    end = len(data) if large_send else start + total_length
     return data[start + 9], fragment & 0x3FFF, start + header_length, end
 
 
-def _parse_ipv6(data: bytes, start: int) -> tuple[int, int, int, int] | None:
+def _parse_ipv6(data: bytes, start: int, large_send: bool) -> tuple[int, int, int, int] | None:
     if len(data) < start + 40 or data[start] >> 4 != 6:
         return None
     payload_length = int.from_bytes(data[start + 4 : start + 6], "big")
-    end = start + 40 + payload_length if payload_length else len(data)
+    end = len(data) if large_send else start + 40 + payload_length
     proto, offset, fragment = data[start + 6], start + 40, 0
     for _ in range(_MAX_EXTENSION_HEADERS):
         if proto in _EXTENSION_HEADERS:

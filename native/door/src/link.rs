@@ -47,6 +47,11 @@ impl Bucket {
                 .max(Duration::from_millis(1)),
         )
     }
+
+    /// Nothing was there to be taken.
+    fn put_back(&mut self) {
+        self.tokens += 1.0;
+    }
 }
 
 /// Why a door ends: for the owner, and as an ERROR frame's code for the guest where there is one.
@@ -193,7 +198,10 @@ impl Link {
             let received =
                 match sys::receive(self.socket.as_raw_fd(), &mut buffer, self.fds_expected) {
                     Ok(received) => received,
-                    Err(error) if retry(&error) => break,
+                    Err(error) if retry(&error) => {
+                        self.bucket.put_back();
+                        break;
+                    }
                     Err(error) => return Err(End::gone(&error)),
                 };
             if received.length == 0 {

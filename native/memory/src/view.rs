@@ -41,11 +41,6 @@ impl BufferView {
         self.length == 0
     }
 
-    /// Whether the whole window is one run of one mapping.
-    pub fn is_contiguous(&self) -> bool {
-        self.runs.len() <= 1
-    }
-
     #[inline]
     fn check(&self, offset: usize, length: usize) -> Result<(), MemoryError> {
         if offset <= self.length && length <= self.length - offset {

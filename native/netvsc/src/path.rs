@@ -345,7 +345,7 @@ impl Path {
         }
     }
 
-    fn fault(&mut self, text: &str) {
+    pub(crate) fn fault(&mut self, text: &str) {
         self.dead = true;
         self.running = false;
         self.shared.tell(Control {

@@ -298,9 +298,10 @@ impl State {
         eventfd::drain(self.command_fd.as_raw_fd());
         while let Ok(command) = self.commands.try_recv() {
             match command {
-                Command::Open(key, relid, path) => {
-                    // A refusal leaves a path that never hears of its interface; nothing else is to be done.
-                    let _ = self.watch(path.link_fd(), key);
+                Command::Open(key, relid, mut path) => {
+                    if let Err(error) = self.watch(path.link_fd(), key) {
+                        path.fault(&format!("its interface cannot be polled: {error}"));
+                    }
                     let running = Running {
                         relid,
                         path,

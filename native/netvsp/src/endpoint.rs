@@ -301,7 +301,11 @@ impl Endpoint for ChannelEndpoint {
     }
 
     fn transmit(&mut self, frame: &FrameRef<'_>) -> Result<(), DropReason> {
-        self.run_commands();
+        // Not between two frames of a batch: a completion would take the room that the first was promised, and a
+        // revoked buffer would take the frame itself.
+        if self.outgoing.ranges.is_empty() {
+            self.run_commands();
+        }
         let outcome = self.try_transmit(frame);
         if let Err(reason) = outcome {
             self.shared.count_drop(reason);

@@ -324,7 +324,7 @@ fn program_tuple(program: &Program) -> ProgramTuple {
 impl Datapath {
     /// `limits` in the order of `vswitch.engine.Limits`, times in nanoseconds.
     #[new]
-    fn new(limits: [u64; 10], manual_time: bool) -> PyResult<Self> {
+    fn new(limits: [u64; 11], manual_time: bool) -> PyResult<Self> {
         let size = |value: u64| usize::try_from(value).unwrap_or(usize::MAX);
         let limits = Limits {
             mac_entries: size(limits[0]),
@@ -337,6 +337,7 @@ impl Datapath {
             upcalls_per_port: size(limits[7]),
             upcall_deadline_ns: limits[8],
             capture_frames: size(limits[9]),
+            capture_bytes: size(limits[10]),
         };
         let clock = if manual_time {
             Clock::manual()
@@ -529,7 +530,7 @@ impl Datapath {
             snaplen,
             drops,
         };
-        let tap = Arc::new(Tap::new(filter, self.limits.capture_frames)?);
+        let tap = Arc::new(Tap::new(filter, &self.limits)?);
         let shared = tap.clone();
         self.call(py, move |state| state.core.add_tap(shared))?;
         Ok(CaptureTap { tap })

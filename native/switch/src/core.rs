@@ -11,7 +11,7 @@ use crate::clock::Clock;
 use crate::counters::{Cast, PortCounters, SwitchCounters};
 use crate::drops::DropReason;
 use crate::endpoint::{Batch, Endpoint, FrameRef, Meta, MAX_FRAME};
-use crate::events::{Event, EventQueue};
+use crate::events::EventQueue;
 use crate::flows::{FlowCache, Publication};
 use crate::hash::FastMap;
 use crate::jobs::{FlowKey, Job};
@@ -131,11 +131,12 @@ pub struct Core {
     pub(crate) held: usize,
     pub(crate) next_job: u64,
     pub(crate) generation: u64,
-    pub(crate) barriers: Vec<u64>,
+    /// Id, and the last frame that it waits for.
+    pub(crate) barriers: Vec<(u64, u64)>,
     pub(crate) events: Arc<EventQueue>,
     pub(crate) next_tick_ns: u64,
     taps: Vec<Arc<Tap>>,
-    packet_id: u64,
+    pub(crate) packet_id: u64,
     touched: Vec<u32>,
 }
 
@@ -287,10 +288,8 @@ impl Core {
                 endpoint.flush();
             }
         }
-        if self.jobs.is_empty() {
-            for id in self.barriers.drain(..) {
-                self.events.put(Event::BarrierDone { id });
-            }
+        if !self.barriers.is_empty() {
+            self.answer_barriers();
         }
     }
 

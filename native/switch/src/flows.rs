@@ -162,6 +162,14 @@ impl FlowCache {
             dependents.push((slot, serial));
         }
         self.slots[slot] = Some(entry);
+        // A guest chooses the addresses: rows that nothing depends on any more must not pile up until the next sweep.
+        if self.by_mac.len() > 4 * self.limits.flow_entries + 64 {
+            let slots = &self.slots;
+            self.by_mac.retain(|_, dependents| {
+                dependents.retain(|&(slot, serial)| is(slots, slot, serial));
+                !dependents.is_empty()
+            });
+        }
         self.by_age.push_back((slot, serial));
         self.count += 1;
         counters.flows_published += 1;

@@ -159,6 +159,7 @@ impl Core {
             port_name: &port_name,
             data: &job.frame.data[..job.frame.data.len().min(MAX_FRAME)],
             trace: job.trace.is_some(),
+            large_send: job.packet.mss != 0,
         };
         let answer = link.ask(&request, id, now_ns);
         if answer.is_none() && job.trace.is_none() {
@@ -432,9 +433,23 @@ impl Core {
         self.events.put(Event::TraceDone { id, steps });
     }
 
-    /// Tells by an event when no frame waits for an extension.
+    /// Tells by an event when no frame that is here by now waits for an extension; later ones do not count.
     pub fn barrier(&mut self, id: u64) {
-        self.barriers.push(id);
+        self.barriers.push((id, self.packet_id));
         self.flush();
+    }
+
+    pub(crate) fn answer_barriers(&mut self) {
+        // What is held behind a frame is younger than it.
+        let frames = self.jobs.values().filter(|job| job.trace.is_none());
+        let oldest = frames.map(|job| job.packet.id).min().unwrap_or(u64::MAX);
+        let events = &self.events;
+        self.barriers.retain(|&(id, last)| {
+            let waits = oldest <= last;
+            if !waits {
+                events.put(Event::BarrierDone { id });
+            }
+            waits
+        });
     }
 }

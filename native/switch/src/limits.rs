@@ -12,6 +12,7 @@ pub struct Limits {
     pub upcalls_per_port: usize,
     pub upcall_deadline_ns: u64,
     pub capture_frames: usize,
+    pub capture_bytes: usize,
 }
 
 impl Default for Limits {
@@ -27,6 +28,7 @@ impl Default for Limits {
             upcalls_per_port: 256,
             upcall_deadline_ns: 1_000_000_000,
             capture_frames: 4096,
+            capture_bytes: 16 << 20,
         }
     }
 }

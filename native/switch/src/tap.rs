@@ -9,6 +9,7 @@ use vswitch_memory::eventfd;
 
 use crate::drops::DropReason;
 use crate::endpoint::Meta;
+use crate::limits::Limits;
 
 /// One sighting; see `vswitch.engine.CapturedFrame`.
 #[derive(Clone, Debug)]
@@ -32,24 +33,32 @@ pub struct TapFilter {
     pub drops: bool,
 }
 
+#[derive(Default)]
+struct Queue {
+    sightings: VecDeque<Sighting>,
+    bytes: usize,
+}
+
 /// Shared by the worker, which fills it, and the reader.
 pub struct Tap {
     pub filter: TapFilter,
     limit: usize,
-    queue: Mutex<VecDeque<Sighting>>,
+    byte_limit: usize,
+    queue: Mutex<Queue>,
     lost: AtomicU64,
     closed: AtomicBool,
     fd: OwnedFd,
 }
 
 impl Tap {
-    pub fn new(filter: TapFilter, limit: usize) -> std::io::Result<Self> {
+    pub fn new(filter: TapFilter, limits: &Limits) -> std::io::Result<Self> {
         let fd = eventfd::create()?;
         // SAFETY: a new fd that nobody else owns.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         Ok(Tap {
             filter,
-            limit,
+            limit: limits.capture_frames,
+            byte_limit: limits.capture_bytes,
             queue: Mutex::default(),
             lost: AtomicU64::new(0),
             closed: AtomicBool::new(false),
@@ -86,12 +95,14 @@ impl Tap {
 
     pub fn put(&self, sighting: Sighting) {
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        if queue.len() >= self.limit {
+        let bytes = queue.bytes + sighting.data.len();
+        if queue.sightings.len() >= self.limit || bytes > self.byte_limit {
             self.lost.fetch_add(1, Ordering::Relaxed);
             return;
         }
-        queue.push_back(sighting);
-        if queue.len() == 1 {
+        queue.bytes = bytes;
+        queue.sightings.push_back(sighting);
+        if queue.sightings.len() == 1 {
             eventfd::signal(self.fd());
         }
     }
@@ -99,9 +110,10 @@ impl Tap {
     /// Takes up to `limit` sightings, oldest first.
     pub fn read(&self, limit: usize) -> Vec<Sighting> {
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = limit.min(queue.len());
-        let taken = queue.drain(..count).collect();
-        if queue.is_empty() {
+        let count = limit.min(queue.sightings.len());
+        let taken: Vec<Sighting> = queue.sightings.drain(..count).collect();
+        queue.bytes -= taken.iter().map(|one| one.data.len()).sum::<usize>();
+        if queue.sightings.is_empty() {
             eventfd::drain(self.fd());
         }
         taken

@@ -51,6 +51,8 @@ pub struct Request<'a> {
     /// At most [`MAX_FRAME`] bytes.
     pub data: &'a [u8],
     pub trace: bool,
+    /// To be segmented on delivery: the length in its IP header means nothing.
+    pub large_send: bool,
 }
 
 impl Request<'_> {
@@ -59,7 +61,7 @@ impl Request<'_> {
         let mut out = Vec::with_capacity(24 + name.len() + self.data.len());
         out.extend_from_slice(&VERSION.to_le_bytes());
         out.push(u8::from(self.out_port.is_some()));
-        out.push(u8::from(self.trace));
+        out.push(u8::from(self.trace) | u8::from(self.large_send) << 1);
         out.extend_from_slice(&self.in_port.to_le_bytes());
         out.extend_from_slice(&self.out_port.unwrap_or(NONE).to_le_bytes());
         out.extend_from_slice(&self.vlan_tci.map_or(NONE, u32::from).to_le_bytes());

@@ -81,14 +81,18 @@ impl State {
                 fresh.push(Link::new(channel, deadline_ns)?);
             }
         }
-        for link in &fresh {
+        for (index, link) in fresh.iter().enumerate() {
             let token = EXTENSION | link.channel.id;
-            self.poller.add(link.reply_fd(), token).map_err(|error| {
-                format!(
+            if let Err(error) = self.poller.add(link.reply_fd(), token) {
+                // The extension holds the eventfd too, so that closing ours would not end the polling.
+                for link in &fresh[..index] {
+                    self.poller.remove(link.reply_fd());
+                }
+                return Err(format!(
                     "extension {}: its reply fd cannot be polled: {error}",
                     link.name
-                )
-            })?;
+                ));
+            }
         }
         for link in self.core.set_links(order, fresh) {
             self.poller.remove(link.reply_fd());

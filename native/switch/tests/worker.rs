@@ -171,7 +171,16 @@ fn a_closed_tap_costs_and_gets_nothing() {
         snaplen: 20,
         drops: true,
     };
-    let tap = Arc::new(Tap::new(filter, 3).unwrap());
+    let tap = Arc::new(
+        Tap::new(
+            filter,
+            &Limits {
+                capture_frames: 3,
+                ..Limits::default()
+            },
+        )
+        .unwrap(),
+    );
     let shared = tap.clone();
     worker
         .call(move |state| state.core.add_tap(shared))

@@ -333,3 +333,24 @@ async def test_a_device_that_reports_faults_without_end_is_noted_a_few_times(wor
     assert opened.faults == [f"lie {number}" for number in range(16)]
     await until(lambda: bool(guest.rescinds))
     assert offer.channel.faults == ["lie 0"]
+
+
+async def test_a_rescind_waits_for_a_fault_in_progress_and_takes_the_device_too(
+    world: World,
+) -> None:
+    device = EchoDevice()
+    guest, offer = await booted(world, device)
+    await guest.vmbus.open(guest.offers[0], ring_pages=2)
+    device.gate.clear()
+    device.channels[offer.relid].report_fault("it lied")
+    await until(lambda: offer.state is ChannelState.CLOSING)
+    rescinding = asyncio.ensure_future(guest.partition.vmbus.rescind(offer))
+    await asyncio.sleep(0.02)
+    assert not rescinding.done()
+    device.gate.set()
+    await rescinding
+    assert device.events == ["open 0", "close 0"]
+    await until(lambda: not guest.partition.vmbus.channels)
+    # A fault alone only withholds the device until the guest's next contact.
+    await guest.vmbus.connect(VmbusVersion.COPPER)
+    assert guest.partition.vmbus.channels == []

@@ -212,3 +212,19 @@ async def test_a_guest_that_takes_no_answers_is_not_read_any_more(world: World) 
         answers += 1
     assert guest.partition.state is PartitionState.RUNNING
     guest.close()
+
+
+async def test_frames_that_come_one_by_one_cost_a_token_each(world: World) -> None:
+    """That there is nothing more to read is found out at no cost to the guest."""
+    quotas = Quotas(frames_per_second=1, frames_burst=22)
+    guest = await RawGuest(
+        await world.host.create_partition("a", memory_bytes=1 << 20, quotas=quotas)
+    ).attach()
+    frame = wire.pack(wire.MsrRead(0, synic.HV_X64_MSR_VP_INDEX), 1)
+    loop = asyncio.get_running_loop()
+    assert guest.sock is not None
+    guest.sock.setblocking(False)
+    for _ in range(20):
+        guest.sock.send(frame)
+        assert await asyncio.wait_for(loop.sock_recv(guest.sock, 4096), 2)
+    guest.close()

@@ -191,3 +191,11 @@ async def test_descriptors_sent_ride_on_their_frame(doors: Doors) -> None:
     os.eventfd_write(fds[0], 3)
     assert os.eventfd_read(fds[0]) == 3
     os.close(fds[0])
+
+
+async def test_frames_that_come_one_by_one_cost_a_token_each(doors: Doors) -> None:
+    """That there is nothing more to read is found out at no cost to the guest."""
+    entry = doors.open(Quotas(frames_per_second=1, frames_burst=20))
+    for number in range(20):
+        entry.guest.send(READ)
+        await until(lambda number=number: len(entry.notes.messages) > number)  # type: ignore[misc]

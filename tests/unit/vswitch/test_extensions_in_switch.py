@@ -17,6 +17,7 @@ import pytest
 from switch_frames import ethernet, ipv4, mac, tcp, udp
 
 from vswitch.drops import DropReason
+from vswitch.endpoint import Checksum, Frame, Offload
 from vswitch.engine import Limits
 from vswitch.extension.host import BackOff, ExtensionEvent, ExtensionEventKind, ExtensionHost, ExtensionState
 from vswitch.inprocess import InProcessEndpoint
@@ -64,7 +65,7 @@ class Net:
             await asyncio.sleep(0.002)
         return frames
 
-    async def passes(self, frame: bytes, patience: float = 5.0) -> bool:
+    async def passes(self, frame: bytes | Frame, patience: float = 5.0) -> bool:
         """Whether a frame sent from a arrives at b (True) or is counted as dropped at a (False)."""
         before = self.switch.port("a").counters().rx_dropped
         self.ends["a"].send(frame)
@@ -107,6 +108,15 @@ async def net(engine: Engine) -> AsyncIterator[Net]:
     await net.open()
     yield net
     await net.close()
+
+
+@pytest.mark.parametrize("said", [20, 0, 39, 65535])
+async def test_a_large_send_hides_nothing_behind_the_length_in_its_ip_header(net: Net, said: int) -> None:
+    """The host gives its segments true lengths: what the sender wrote there must not decide what is seen."""
+    await net.host.load_file(EXAMPLES / "block_telnet.py", on_failure="closed")
+    lying = Frame(TELNET[:16] + said.to_bytes(2, "big") + TELNET[18:], Offload(Checksum.PARTIAL, mss=1400))
+    assert not await net.passes(lying)
+    assert net.switch.port("a").counters().rx_drops == {DropReason.FILTERED: 1}
 
 
 async def test_block_telnet_drops_the_syn_with_reason_and_counter_and_lets_the_rest_flow(net: Net) -> None:

@@ -174,6 +174,25 @@ async def test_frames_of_a_flow_wait_their_turn_and_keep_their_order(
     assert p1.drops() == {DropReason.RESOURCES: 2}
 
 
+async def test_a_barrier_waits_for_the_frames_before_it_and_no_others(world: World) -> None:
+    await world.add("p1", "p2")
+    extension = world.extension(lambda request: None, passes=("ingress",))
+    await world.load(extension)
+    world.switch.port("p1").inject(segment(23))
+    first = asyncio.ensure_future(world.switch.datapath.barrier())
+    await world.until(lambda: len(extension.unanswered) == 1)
+    world.switch.port("p1").inject(segment(24))
+    await world.until(lambda: len(extension.unanswered) == 2)
+    assert not first.done()
+    extension.reply(extension.unanswered[0], UpcallReply(VERDICT_ALLOW))
+    await asyncio.wait_for(first, 5)
+    second = asyncio.ensure_future(world.switch.datapath.barrier())
+    await asyncio.sleep(0.05)
+    assert not second.done()
+    extension.reply(extension.unanswered[1], UpcallReply(VERDICT_ALLOW))
+    await asyncio.wait_for(second, 5)
+
+
 async def test_frames_in_upcall_are_bounded_per_port(make_world: Callable[..., World]) -> None:
     world = make_world(limits=Limits(upcalls_per_port=4))
     (p1, p2) = await world.add("p1", "p2")

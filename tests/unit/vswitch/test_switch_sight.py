@@ -189,3 +189,14 @@ async def test_a_switch_on_the_systems_time_ages_by_itself(make_world: Callable[
         if not world.switch.flows() and not world.switch.mac_table():
             return
     raise AssertionError(f"still there: {world.switch.flows()} {world.switch.mac_table()}")
+
+
+async def test_what_waits_for_a_slow_reader_is_bounded_in_bytes(make_world: Callable[..., World]) -> None:
+    world = make_world(limits=Limits(capture_bytes=300))
+    await world.add("p1", "p2")
+    tap = world.switch.open_tap()
+    await world.send("p1", *[ethernet(B, A, payload=bytes(86))] * 3)
+    assert [len(one.data) for one in tap.read()] == [100, 100, 100]
+    assert tap.lost == 3
+    await world.send("p1", ethernet(B, A))
+    assert len(tap.read()) == 2

@@ -45,6 +45,8 @@ def test_a_field_brings_along_what_gives_it_meaning() -> None:
 
 def test_upcall_messages_read_back_what_was_written() -> None:
     request = UpcallRequest(True, 3, 7, 0x2005, 9000, "büro", bytes(range(100)), trace=True)
+    large = UpcallRequest(False, 3, None, None, 60000, "p1", bytes(54), large_send=True)
+    assert UpcallRequest.decode(large.pack()) == large
     assert UpcallRequest.decode(request.pack() + bytes(7)) == request
     reply = UpcallReply(1, Field.L4_DST.bit, True, 1500, "no telnet here")
     assert UpcallReply.decode(reply.pack() + bytes(6)) == reply

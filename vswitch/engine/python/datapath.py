@@ -107,7 +107,8 @@ class PythonDatapath:
         self._held = 0
         self._generation = 0
         self._packet_id = 0
-        self._idle: list[asyncio.Future[None]] = []
+        self._barriers: list[tuple[int, asyncio.Future[None]]] = []
+        """The last frame that each waits for, and who waits."""
         self._due: dict[int, Endpoint] = {}
         """Ports that have another batch coming by themselves, each once."""
         self._event: Callable[[DatapathEvent], None] = lambda event: None
@@ -211,11 +212,17 @@ class PythonDatapath:
             for link in dirty:
                 self._push(link)
         self._ports.flush()
-        if self._idle and not self._jobs:
-            for waiter in self._idle:
+        if self._barriers:
+            self._answer_barriers()
+
+    def _answer_barriers(self) -> None:
+        # What is held behind a frame is younger than it.
+        waiting = [job.packet.id for job in self._jobs if job.done is None]
+        for last, waiter in list(self._barriers):
+            if not waiting or min(waiting) > last:
+                self._barriers.remove((last, waiter))
                 if not waiter.done():
                     waiter.set_result(None)
-            self._idle.clear()
 
     # -- a frame's way
 
@@ -318,6 +325,7 @@ class PythonDatapath:
             port_name=self._ports.name(port_id),
             data=bytes(packet.frame.data[:MAX_FRAME]),
             trace=job.recorder.tracing,
+            large_send=packet.frame.offload.mss > 0,
         )
         answer = self._link_by_id[ask.channel.id].ask(request, job, self._now())
         if job.done is None and answer is None:
@@ -542,10 +550,10 @@ class PythonDatapath:
                 endpoint = self._ports.get(port_id).endpoint
                 if endpoint is not None:
                     self._serve_again(port_id, endpoint)
-        if self._jobs:
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._idle.append(waiter)
-            await waiter
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._barriers.append((self._packet_id, waiter))
+        self._answer_barriers()
+        await waiter
 
     async def advance(self, seconds: float) -> None:
         if self._manual_ns is None:

@@ -39,7 +39,7 @@ class Ports:
         """Ports whose endpoint got or gave frames and is to be flushed."""
         self._ports: dict[int, Port] = {}
         self._taps: list[PythonTap] = []
-        self._capture_frames = limits.capture_frames
+        self._limits = limits
         self._wall_ns = wall_ns
 
     def add(self, port_id: int, config: PortConfig) -> None:
@@ -205,7 +205,7 @@ class Ports:
         return replace(self.counters, drops=dict(self.counters.drops))
 
     def open_tap(self, ports: Iterable[int] | None, snaplen: int, drops: bool) -> PythonTap:
-        tap = PythonTap(ports, snaplen, drops, self._capture_frames, self._taps.remove)
+        tap = PythonTap(ports, snaplen, drops, self._limits, self._taps.remove)
         self._taps.append(tap)
         return tap
 

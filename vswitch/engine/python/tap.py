@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from vswitch.engine import CapturedFrame
+from vswitch.engine import CapturedFrame, Limits
 from vswitch_wire.memory import drain_fd, signal_fd
 
 __all__ = ["PythonTap"]
@@ -20,14 +20,15 @@ class PythonTap:
         ports: Iterable[int] | None,
         snaplen: int,
         drops: bool,
-        limit: int,
+        limits: Limits,
         closed: Callable[[PythonTap], None],
     ) -> None:
         self.ports = None if ports is None else frozenset(ports)
         self.snaplen = snaplen
         self.drops = drops
         self.lost = 0
-        self._limit = limit
+        self._limits = limits
+        self._bytes = 0
         self._closed = closed
         self._queue: deque[CapturedFrame] = deque()
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -45,9 +46,11 @@ class PythonTap:
 
     def put(self, sighting: CapturedFrame) -> None:
         """Keeps a sighting, or counts it lost."""
-        if len(self._queue) >= self._limit:
+        full = len(self._queue) >= self._limits.capture_frames
+        if full or self._bytes + len(sighting.data) > self._limits.capture_bytes:
             self.lost += 1
             return
+        self._bytes += len(sighting.data)
         self._queue.append(sighting)
         if len(self._queue) == 1:
             signal_fd(self._fd)
@@ -55,6 +58,7 @@ class PythonTap:
     def read(self, limit: int = 1024) -> list[CapturedFrame]:
         """Takes up to `limit` sightings, oldest first; what waited before `close` can still be read."""
         taken = [self._queue.popleft() for _ in range(min(limit, len(self._queue)))]
+        self._bytes -= sum(len(sighting.data) for sighting in taken)
         if not self._queue and self._fd >= 0:
             drain_fd(self._fd)
         return taken

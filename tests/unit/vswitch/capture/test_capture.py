@@ -225,3 +225,17 @@ async def test_a_vmbus_capture_holds_a_bounded_number_of_records_and_counts_the_
     found = records(await collect(capture))
     assert (len(found), capture.lost, found[0].lost) == (8192, 8, 8)
     assert (len(found[0].data), found[0].original_length) == (16, 48)
+
+
+async def test_what_waits_in_a_vmbus_capture_is_bounded_in_bytes() -> None:
+    capture = VmbusCapture("a")
+    for number in range(100):
+        capture.observe_packet("in", 1, bytes(512 << 10), T0 + number)
+    assert capture.lost == 100 - 31
+    short = VmbusCapture("a", snaplen=16)
+    for number in range(100):
+        short.observe_packet("in", 1, bytes(512 << 10), T0 + number)
+    assert short.lost == 0
+    short.stop()
+    kept = records(await collect(short))
+    assert {(len(record.data), record.original_length) for record in kept} == {(16, 8 + (512 << 10))}

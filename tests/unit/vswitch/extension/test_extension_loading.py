@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
 
 import pytest
 from upcalls import RecordingStack, alive
 
 from vswitch.extension.host import ExtensionHost, ExtensionLoadError
+from vswitch.upcall import ExtensionChannel
 
 PASS = "    def ingress(self, packet):\n        return packet.allow()\n"
 IMPORT = "from vswitch.extension import Filter\n"
@@ -121,3 +123,38 @@ async def test_extensions_keep_the_order_in_which_they_were_loaded(host: Extensi
     for name in ("c", "a", "b"):
         await host.load(name, source, "x.py")
     assert [info.name for info in host.list()] == ["c", "a", "b"]
+
+
+class RefusingStack(RecordingStack):
+    """A datapath that cannot take another extension."""
+
+    refuses = False
+
+    async def set_extensions(self, channels: Iterable[ExtensionChannel]) -> None:
+        if self.refuses:
+            raise OSError(24, "Too many open files")
+        await super().set_extensions(channels)
+
+
+def children() -> set[str]:
+    """Processes that this one started."""
+    return {
+        pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()
+    }
+
+
+async def test_an_extension_that_the_datapath_does_not_take_leaves_no_process_and_no_trace() -> None:
+    stack = RefusingStack()
+    host = ExtensionHost(stack)
+    source = (IMPORT + "class A(Filter):\n" + PASS).encode()
+    before = await host.load("one", source, "one.py")
+    stack.refuses = True
+    running = children()
+    with pytest.raises(OSError, match="Too many open files"):
+        await host.load("two", source, "two.py")
+    with pytest.raises(OSError, match="Too many open files"):
+        await host.set_on_failure("one", "closed")
+    assert children() == running
+    assert host.list() == [before]
+    stack.refuses = False
+    await host.close()
