@@ -41,6 +41,8 @@ MAX_FRAME = 2048
 """Bytes of a frame that an extension is shown at most."""
 MAX_REASON = 256
 NONE_U32 = 0xFFFF_FFFF
+# What an extension says ends up on terminals.
+_BLANKS = dict.fromkeys([*range(0x20), *range(0x7F, 0xA0)], " ")
 
 ExtensionKind = Literal["capture", "filter", "forwarding"]
 FailureMode = Literal["open", "closed"]
@@ -145,7 +147,10 @@ class UpcallReply:
 
     @classmethod
     def decode(cls, payload: bytes) -> UpcallReply:
-        """Reads a reply; padding behind the reason is allowed, since ring packets are padded to 8 bytes."""
+        """Reads a reply; padding behind the reason is allowed, since ring packets are padded to 8 bytes.
+
+        Control characters in the reason become blanks.
+        """
         if len(payload) < _REPLY.size:
             raise UpcallError(f"reply of {len(payload)} bytes, at least {_REPLY.size} expected")
         version, verdict, flags, ttl_ms, fields, reason_length, _ = _REPLY.unpack_from(payload)
@@ -160,6 +165,7 @@ class UpcallReply:
             reason = text.decode()
         except UnicodeDecodeError:
             raise UpcallError("reply whose reason is not UTF-8") from None
+        reason = reason.translate(_BLANKS)
         return cls(verdict, fields, bool(flags & REPLY_FLAG_CACHEABLE), ttl_ms, reason)
 
 

@@ -79,10 +79,13 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()
 
 
+def printable(text: str) -> str:
+    """What guests, extensions and files say, fit for a terminal: of control characters line ends stay."""
+    return "".join(character if character.isprintable() or character == "\n" else "?" for character in text)
+
+
 def _text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "-"
-    text = "".join(character if character.isprintable() else "?" for character in str(value))
-    return text or "-"
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return printable(text).replace("\n", "?") or "-"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vswitchctl import paths
-from vswitchctl.output import Format
+from vswitchctl.output import Format, printable
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -91,9 +91,9 @@ def exit_code(error: VswitchError) -> int:
 
 def report(message: str, remedy: str = "") -> None:
     """An error for people: what happened and what to do."""
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {printable(message)}\n")
     if remedy:
-        sys.stderr.write(f"remedy: {remedy}\n")
+        sys.stderr.write(f"remedy: {printable(remedy)}\n")
 
 
 def read_bytes(path: Path) -> bytes:

@@ -12,6 +12,7 @@ import tty
 from collections.abc import Iterator, Mapping, Sequence
 
 from vswitchctl.aio import AsyncClient, ExecStream
+from vswitchctl.output import printable
 
 __all__ = ["run"]
 
@@ -45,7 +46,7 @@ async def run(
     end = command.exit
     assert end is not None
     if end.detail:
-        sys.stderr.write(f"{end.detail}\n")
+        sys.stderr.write(f"{printable(end.detail)}\n")
     return 128 + end.signal if end.signal else end.status or (127 if end.detail else 0)
 
 

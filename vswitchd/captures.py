@@ -55,6 +55,7 @@ class CaptureManager:
         self._switches = switches
         self._partitions = partitions
         self._numbers = itertools.count(1)
+        self._ring_taps = RingTaps()
         self.records: dict[str, CaptureRecord] = {}
 
     def find(self, name: str) -> CaptureRecord:
@@ -170,31 +171,65 @@ class CaptureManager:
             capture.observe_message("in" if direction == "in" else "out", message, timestamp_ns)
 
         partition.vmbus.tap.append(observe)
-        collector = asyncio.create_task(_collect(nics, capture))
+        self._ring_taps.add(capture, nics)
         try:
             yield capture
         finally:
-            collector.cancel()
+            self._ring_taps.remove(capture)
             if observe in partition.vmbus.tap:
                 partition.vmbus.tap.remove(observe)
-            for nic in nics:
-                if nic.device is not None:
-                    nic.device.tap(False)
 
 
-async def _collect(nics: list[NicRecord], capture: VmbusCapture) -> None:
-    """Feeds the ring packets of the NICs' channels into the capture; a NIC that comes back is tapped
-    again.
+class RingTaps:
+    """Feeds the ring packets of NICs' channels into the captures that asked for them.
+
+    A NIC keeps its packets once and gives them once: captures of one NIC share what is collected.
     """
-    tapped: set[SyntheticNic] = set()
-    while True:
-        for nic in nics:
-            if nic.device is None or nic.offer is None:
-                continue
-            if nic.device not in tapped:
-                nic.device.tap(True)
-                tapped.add(nic.device)
-            for timestamp_ns, direction, packet in nic.device.take_tapped():
-                kind: VmbusDirection = "in" if direction == "in" else "out"
-                capture.observe_packet(kind, nic.offer.relid, packet, timestamp_ns)
-        await asyncio.sleep(TAP_SECONDS)
+
+    def __init__(self) -> None:
+        self._readers: dict[VmbusCapture, list[NicRecord]] = {}
+        self._tapped: set[SyntheticNic] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    def add(self, capture: VmbusCapture, nics: list[NicRecord]) -> None:
+        """From now on the capture gets what passes the rings of these NICs, also when they come back."""
+        self._collect()  # What has passed already is for the others.
+        self._readers[capture] = nics
+        self._collect()
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+
+    def remove(self, capture: VmbusCapture) -> None:
+        """Nothing more for this capture; NICs that no other one watches keep no packets any more."""
+        self._collect()
+        del self._readers[capture]
+        for device in self._tapped - self._devices():
+            device.tap(False)
+        self._tapped &= self._devices()
+        if not self._readers and self._task is not None:
+            self._task.cancel()
+            self._task = None
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(TAP_SECONDS)
+            self._collect()
+
+    def _devices(self) -> set[SyntheticNic]:
+        nics = [nic for own in self._readers.values() for nic in own]
+        return {nic.device for nic in nics if nic.device is not None and nic.offer is not None}
+
+    def _collect(self) -> None:
+        found: dict[SyntheticNic, list[tuple[int, str, bytes]]] = {}
+        for device in self._devices():
+            if device not in self._tapped:
+                device.tap(True)
+            found[device] = device.take_tapped()
+        self._tapped = set(found)
+        for capture, nics in self._readers.items():
+            for nic in nics:
+                if nic.device is None or nic.offer is None:
+                    continue
+                for timestamp_ns, direction, packet in found[nic.device]:
+                    kind: VmbusDirection = "in" if direction == "in" else "out"
+                    capture.observe_packet(kind, nic.offer.relid, packet, timestamp_ns)

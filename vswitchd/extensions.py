@@ -8,7 +8,7 @@ from vswitch.extension.host import ExtensionLoadError, ExtensionState
 from vswitch.upcall import FailureMode
 from vswitch_api.v1 import extension_pb2
 from vswitchd.core import Core, new_uid, now
-from vswitchd.errors import already_exists, exhausted, invalid, not_found
+from vswitchd.errors import already_exists, exhausted, invalid, not_found, unavailable
 from vswitchd.resources import check_id, check_labels, check_mask, parse
 from vswitchd.switches import ExtensionRecord, SwitchManager, SwitchRecord
 
@@ -110,12 +110,21 @@ class ExtensionManager:
             ) from None
 
     async def update(self, request: extension_pb2.UpdateExtensionRequest) -> extension_pb2.Extension:
-        switch, record = self.find(request.extension.name, "extension.name")
         check_mask(request.update_mask.paths, ["on_failure"])
         if request.extension.on_failure == extension_pb2.ON_FAILURE_UNSPECIFIED:
             raise invalid("extension.on_failure", "unspecified", "say open or closed")
         async with self._switches.lock:
-            await switch.host.set_on_failure(_leaf(record.message.name), _mode(request.extension.on_failure))
+            switch, record = self.find(request.extension.name, "extension.name")
+            name = record.message.name
+            try:
+                await switch.host.set_on_failure(_leaf(name), _mode(request.extension.on_failure))
+            except (ExtensionLoadError, KeyError) as error:
+                raise unavailable(
+                    name,
+                    f"{name} could not be started anew, and goes on as it was: {error.args[0]}",
+                    reason="EXTENSION_DID_NOT_START",
+                    remedy="unload it and load it again",
+                ) from None
             record.message.on_failure = request.extension.on_failure
             await self._core.save(record.message, {"position": record.position})
             described = self.describe(switch, record)

@@ -139,4 +139,10 @@ class _transaction:
         self._connection.execute("BEGIN IMMEDIATE")
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self._connection.execute("COMMIT" if kind is None else "ROLLBACK")
+        try:
+            if kind is None:
+                self._connection.execute("COMMIT")
+        finally:
+            # A COMMIT that fails (a full disk) leaves it open, and nothing could be stored any more.
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")

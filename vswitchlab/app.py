@@ -20,7 +20,7 @@ from vswitchctl.aio import AsyncClient
 from vswitchctl.client import VswitchError
 from vswitchctl.launch import LaunchError
 from vswitchctl.output import Format
-from vswitchctl.session import Output
+from vswitchctl.session import Output, report
 from vswitchlab import graph as pictures
 from vswitchlab import lifecycle, show
 from vswitchlab.guests import environment
@@ -87,9 +87,7 @@ def _run(action: Callable[[AsyncClient], Awaitable[T]]) -> T:
 
 
 def _fail(message: str, remedy: str = "", status: int = 1) -> NoReturn:
-    sys.stderr.write(f"error: {message}\n")
-    if remedy:
-        sys.stderr.write(f"remedy: {remedy}\n")
+    report(message, remedy)
     raise typer.Exit(status)
 
 
@@ -122,9 +120,9 @@ def lab_up(file: FileArgument = None, output: Output = Format.TABLE) -> None:
     lab = _lab(file)
 
     async def act(client: AsyncClient) -> None:
-        with Reporter() as report:
-            await lifecycle.ensure_daemon(client, lab.engine, report)
-            results = await lifecycle.up(client, lab, report)
+        with Reporter() as progress:
+            await lifecycle.ensure_daemon(client, lab.engine, progress)
+            results = await lifecycle.up(client, lab, progress)
         for guest, done in results:
             for line in done.stdout.decode(errors="replace").splitlines():
                 sys.stderr.write(f"{guest}: {line}\n")
@@ -148,9 +146,9 @@ def lab_down(name: NameArgument = None) -> None:
     wanted = _name(name)
 
     async def act(client: AsyncClient) -> None:
-        with Reporter() as report:
+        with Reporter() as progress:
             lab = await lifecycle.find(client, wanted)
-            await lifecycle.down(client, lab, report)
+            await lifecycle.down(client, lab, progress)
             stopped = await lifecycle.stop_idle_daemon(client)
         ended = "; the daemon has ended too" if stopped else ""
         sys.stderr.write(f"lab {lab.name} is down{ended}\nnext: vswitch lab up {lab.file or 'FILE'}\n")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vswitchctl import names, session
-from vswitchctl.output import Format, to_plain, write_plain
+from vswitchctl.output import Format, printable, to_plain, write_plain
 from vswitchctl.session import Output, ShowRpc
 
 if TYPE_CHECKING:
@@ -76,11 +76,11 @@ def trace(
         typer.echo(f"frame {number}: {len(frames[number - 1])} bytes into {names.short(names.port(port))}")
         for step in frame.steps:
             reads = f"  (reads {', '.join(step.fields_read)})" if step.fields_read else ""
-            typer.echo(f"  {step.stage:<24} {step.verdict:<9} {step.detail}{reads}")
+            typer.echo(printable(f"  {step.stage:<24} {step.verdict:<9} {step.detail}{reads}"))
         if frame.delivered_to:
             typer.echo(f"  => delivered to {', '.join(map(names.short, frame.delivered_to))}")
         else:
-            typer.echo(f"  => dropped: {frame.drop_reason}: {frame.drop_detail}")
+            typer.echo(printable(f"  => dropped: {frame.drop_reason}: {frame.drop_detail}"))
 
 
 def _sender(client: Client, port: str) -> Sender:

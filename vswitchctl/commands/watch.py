@@ -10,7 +10,7 @@ import typer
 from vswitch_api.v1 import watch_pb2
 from vswitchctl import names, session
 from vswitchctl.commands.choices import short_enum
-from vswitchctl.output import Format, to_plain
+from vswitchctl.output import Format, printable, to_plain
 from vswitchctl.session import Output, ShowRpc
 
 
@@ -27,7 +27,7 @@ def watch(
     with session.client(show_rpc) as client:
         for response in client.watch(prefixes or (), snapshot=not no_snapshot):
             if output is Format.TABLE:
-                typer.echo(_line(response))
+                typer.echo(printable(_line(response)))
             else:
                 typer.echo(json.dumps(to_plain(response), ensure_ascii=False))
             if until_synced and response.HasField("synced"):

@@ -33,7 +33,7 @@ _DISTRIBUTIONS = ("grpcio", "protobuf", "pyroute2", "dpkt", "scapy")
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """A process of ours without a daemon: `what` is guest, extension or daemon."""
+    """A process of ours that nobody answers for: `what` is guest or daemon."""
 
     pid: int
     what: str
@@ -232,7 +232,8 @@ def _leftovers(directory: Path) -> tuple[Leftover, ...]:
 
 
 def _kind(words: list[str]) -> str:
-    modules = {"netvsc": "guest", "vswitchd": "daemon", "vswitch.extension.host": "extension"}
+    # Extensions end with their daemon whatever happens to it.
+    modules = {"netvsc": "guest", "vswitchd": "daemon"}
     for flag, module in itertools.pairwise(words):
         if flag == "-m" and module in modules:
             return modules[module]

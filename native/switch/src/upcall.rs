@@ -99,7 +99,8 @@ struct Reply {
 }
 
 impl Reply {
-    /// Reads a reply; padding behind the reason is allowed.
+    /// Reads a reply; padding behind the reason is allowed. Control characters in the reason become blanks: it ends
+    /// up on terminals.
     fn decode(payload: &[u8]) -> Result<Reply, String> {
         let Some((header, rest)) = payload.split_first_chunk::<REPLY_SIZE>() else {
             return Err(format!(
@@ -145,7 +146,7 @@ impl Reply {
             cacheable: header[3] & 1 != 0,
             ttl_ms: u32::from_le_bytes([header[4], header[5], header[6], header[7]]),
             fields,
-            reason: reason.to_owned(),
+            reason: reason.replace(char::is_control, " "),
         })
     }
 }
@@ -449,6 +450,8 @@ mod tests {
             (Verdict::Drop, true, 5)
         );
         assert_eq!((got.fields, got.reason.as_str()), (1 << 12, "telnet"));
+        let got = Reply::decode(&reply(1, 0, "a\n\u{1b}[2J\u{9b}b\u{e9}".as_bytes(), 11)).unwrap();
+        assert_eq!(got.reason, "a  [2J b\u{e9}");
     }
 
     #[test]

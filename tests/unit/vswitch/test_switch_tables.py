@@ -50,6 +50,8 @@ def test_upcall_messages_read_back_what_was_written() -> None:
     assert UpcallRequest.decode(request.pack() + bytes(7)) == request
     reply = UpcallReply(1, Field.L4_DST.bit, True, 1500, "no telnet here")
     assert UpcallReply.decode(reply.pack() + bytes(6)) == reply
+    loud = UpcallReply.decode(UpcallReply(1, reason="a\n\x1b[2J\x9bb\xe9").pack())
+    assert loud.reason == "a  [2J b\xe9"
     long = UpcallReply.decode(UpcallReply(1, reason="é" * 400).pack())
     assert len(long.reason.encode()) <= MAX_REASON
 

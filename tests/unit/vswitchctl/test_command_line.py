@@ -13,7 +13,7 @@ from vswitch_api.v1 import port_pb2, switch_pb2
 from vswitchctl import calls, names, session
 from vswitchctl.errors import VswitchError
 from vswitchctl.launch import ROOT
-from vswitchctl.output import Format, write_list, write_one
+from vswitchctl.output import Columns, Format, write_list, write_one
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -174,3 +174,13 @@ def test_every_builder_names_a_method_of_the_api_with_its_own_types() -> None:
         method = service.methods_by_name[method_name]
         assert method.input_type is call.request.DESCRIPTOR
         assert method.output_type is call.response.DESCRIPTOR
+
+
+def test_what_a_guest_or_an_extension_says_cannot_steer_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    session.report("the guest\x1b[2J\x07 said:\ntwo lines", "press\x9b5n")
+    assert capsys.readouterr().err == "error: the guest?[2J? said:\ntwo lines\nremedy: press?5n\n"
+    columns: Columns = {"nics": lambda _: ["a\x1b", "b\n"], "detail": lambda _: "x\x1b[1m\n"}
+    write_one(switch_pb2.Switch(), columns, Format.TABLE)
+    assert capsys.readouterr().out == "nics    a?, b?\ndetail  x?[1m?\n"

@@ -76,3 +76,29 @@ async def test_a_store_of_a_newer_vswitch_is_refused_with_a_remedy(tmp_path: Pat
     connection.close()
     with pytest.raises(StartError, match="of version 99, this vswitch writes version 1; use the newer"):
         await Store(path).open()
+
+
+class FullDisk:
+    """A connection that cannot commit."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.connection, name)
+
+    def execute(self, statement: str, *parameters: object) -> object:
+        if statement == "COMMIT":
+            raise sqlite3.OperationalError("database or disk is full")
+        return self.connection.execute(statement, *parameters)
+
+
+async def test_a_row_that_could_not_be_stored_does_not_keep_others_from_it(store: Store) -> None:
+    real = store._connection
+    assert real is not None
+    store._connection = FullDisk(real)  # type: ignore[assignment]
+    with pytest.raises(sqlite3.OperationalError, match="disk is full"):
+        await store.put(Row("a", "switch", b"1"))
+    store._connection = real
+    await store.put(Row("b", "switch", b"2"))
+    assert [row.name for row in await store.load("switch")] == ["b"]
