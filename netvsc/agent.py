@@ -179,9 +179,6 @@ class Agent:
         self._answer(wire.Configured(status, "; ".join(texts)), sequence)
 
     async def _apply(self, document: dict[str, Any]) -> list[str]:
-        unknown = set(document) - {"hostname", "hosts", "interfaces"}
-        if unknown:
-            raise ValueError(f"configuration: unknown key {sorted(unknown)[0]!r}")
         entries = document.get("interfaces") or []
         if not isinstance(entries, list) or len(entries) > 64:
             raise ValueError("configuration: interfaces must be a list of at most 64")

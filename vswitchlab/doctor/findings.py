@@ -89,7 +89,8 @@ def _native(facts: Facts) -> Finding:
     return Finding(
         "native_module",
         Level.WARNING,
-        f"{facts.native_missing}; the Python engine runs: everything works, several times slower",
+        f"{facts.native_missing}; the Python engine runs: everything works, "
+        "packets cost about a hundred times more CPU",
         remedy,
     )
 
