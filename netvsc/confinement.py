@@ -1,8 +1,5 @@
-"""What a netns guest may see of its host: its own namespaces, its own /proc, no run directory of the daemon.
-
-Two user namespaces are nested on purpose. A mount made in the outer one (the cover over the daemon's run
-directory) is locked for all that happens in the inner one (mount_namespaces(7)), so that root inside the
-guest cannot lift it.
+"""What a netns guest may see of its host: its own namespaces, its own /proc, no run directory of the
+daemon.
 """
 
 from __future__ import annotations
@@ -13,6 +10,7 @@ from pathlib import Path
 
 from vswitch_confine import libc, namespaces
 from vswitch_confine.errors import ConfinementRefused
+from vswitch_confine.namespaces import cover, enter
 
 __all__ = ["HOSTS", "cover", "enter", "isolate_files", "run_directory_of", "set_host_name", "write_hosts"]
 
@@ -27,29 +25,6 @@ def run_directory_of(listener: socket.socket) -> Path | None:
         return None
     directory = Path(name).parent
     return directory.parent if directory.name == "doors" else None
-
-
-def cover(directory: Path, size: str = "64k") -> None:
-    """Put an empty tmpfs over `directory`. Raises ConfinementRefused."""
-    flags = libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC
-    try:
-        libc.mount("tmpfs", str(directory), "tmpfs", flags, f"size={size},mode=0755")
-    except OSError as error:
-        raise ConfinementRefused(
-            f"cover over {directory}", error.errno or 0, "run where tmpfs may be mounted in a user namespace"
-        ) from error
-
-
-def enter(covered: list[Path]) -> int:
-    """Make the namespaces and fork; returns 0 in the guest's PID 1 and its pid in the process outside.
-
-    Must be called with a single thread. `covered` directories are empty inside for good.
-    """
-    namespaces.unshare(user=True, mount=True, pid=False, net=False)
-    for directory in covered:
-        cover(directory)
-    namespaces.unshare(user=True, mount=True, pid=True, net=True, uts=True, ipc=True)
-    return namespaces.fork_first()
 
 
 def isolate_files() -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 
 from vswitch_confine import libc
@@ -69,6 +70,31 @@ def _map_ids(uid: int, gid: int, inside_uid: int, inside_gid: int) -> None:
         (own / "gid_map").write_text(f"{inside_gid} {gid} 1\n")
     except OSError as error:
         raise ConfinementRefused("user namespace", error.errno or errno.EPERM, remedy(error.errno)) from error
+
+
+def cover(directory: Path, size: str = "64k") -> None:
+    """Put an empty tmpfs over `directory`. Raises ConfinementRefused."""
+    flags = libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC
+    try:
+        libc.mount("tmpfs", str(directory), "tmpfs", flags, f"size={size},mode=0755")
+    except OSError as error:
+        raise ConfinementRefused(
+            f"cover over {directory}", error.errno or 0, "run where tmpfs may be mounted in a user namespace"
+        ) from error
+
+
+def enter(covered: Iterable[Path]) -> int:
+    """Make all namespaces and fork; returns 0 in PID 1 of the new ones and its pid in the process outside.
+
+    Must be called with a single thread. `covered` directories are empty inside for good: two user namespaces
+    are nested, and a mount made in the outer one is locked for all that happens in the inner one
+    (mount_namespaces(7)), so that root inside cannot lift it.
+    """
+    unshare(user=True, mount=True, pid=False, net=False)
+    for directory in covered:
+        cover(directory)
+    unshare(user=True, mount=True, pid=True, net=True, uts=True, ipc=True)
+    return fork_first()
 
 
 def fork_first() -> int:

@@ -114,6 +114,7 @@ class AsyncClient:
     get_partition = _Method(calls.get_partition)
     list_partitions = _ListMethod(calls.list_partitions)
     create_partition = _Method(calls.create_partition)
+    create_kvm_partition = _Method(calls.create_kvm_partition)
     set_partition_hosts = _Method(calls.set_partition_hosts)
     start_partition = _Method(calls.start_partition)
     stop_partition = _Method(calls.stop_partition)
@@ -262,6 +263,31 @@ class AsyncClient:
                 yield ExecStream(stream, first)
             else:
                 await _raise_status(stream)
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            if isinstance(error, grpc.RpcError):
+                raise from_rpc_error(error, str(self.socket)) from None
+            await self._fail(stream)
+        finally:
+            stream.cancel()
+
+    @asynccontextmanager
+    async def console(self, partition: str, *, take_over: bool = False) -> AsyncIterator[ConsoleStream]:
+        """A virtual machine's serial console; leaving the block leaves it. `take_over`: end another
+        caller's.
+        """
+        opening = partition_pb2.ConsoleOpen(partition=names.partition(partition), take_over=take_over)
+        request = partition_pb2.ConsoleRequest(open=opening)
+        self._observe("PartitionService/Console", request)
+        stream: Any = self.channel.stream_stream(
+            transport.path_of("PartitionService/Console"),
+            request_serializer=partition_pb2.ConsoleRequest.SerializeToString,
+            response_deserializer=partition_pb2.ConsoleResponse.FromString,
+        )()
+        try:
+            await stream.write(request)
+            if await stream.read() is grpc.aio.EOF:
+                await _raise_status(stream)
+            yield ConsoleStream(stream)
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             if isinstance(error, grpc.RpcError):
                 raise from_rpc_error(error, str(self.socket)) from None
@@ -449,6 +475,27 @@ class ExecStream:
             response = await self._stream.read()
         if self.exit is None:
             await _raise_status(self._stream)
+
+
+class ConsoleStream:
+    """A serial console. Iterate over it for its output; `detail` says why it ended."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.detail = ""
+
+    async def write(self, data: bytes) -> None:
+        """Keys, at most 64 KiB at once; nothing when the console has ended."""
+        with contextlib.suppress(asyncio.InvalidStateError):
+            await self._stream.write(partition_pb2.ConsoleRequest(input=data))
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while (response := await self._stream.read()) is not grpc.aio.EOF:
+            if response.WhichOneof("message") == "end":
+                self.detail = response.end.detail
+                return
+            yield response.output
+        await _raise_status(self._stream)
 
 
 class PortSocket:

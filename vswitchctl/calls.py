@@ -334,6 +334,43 @@ def create_partition(
     )
 
 
+def create_kvm_partition(
+    partition_id: str,
+    *,
+    kernel: str,
+    initrd: str = "",
+    cmdline: str = "",
+    hostname: str = "",
+    host_cpus: Sequence[int] = (),
+    grace_seconds: float | None = None,
+    memory_bytes: int = 0,
+    vp_count: int = 0,
+    labels: Mapping[str, str] | None = None,
+) -> Call[partition_pb2.Partition]:
+    """A virtual machine, not yet started. `kernel` and `initrd` are absolute paths on the daemon's
+    machine.
+    """
+    kvm = partition_pb2.KvmSpec(
+        kernel=kernel,
+        initrd=initrd,
+        cmdline=cmdline,
+        hostname=hostname,
+        host_cpus=host_cpus,
+        grace=None if grace_seconds is None else _duration(grace_seconds),
+    )
+    return Call(
+        "PartitionService/CreatePartition",
+        partition_pb2.CreatePartitionRequest(
+            partition_id=partition_id,
+            partition=partition_pb2.Partition(
+                kvm=kvm, memory_bytes=memory_bytes, vp_count=vp_count, labels=labels or {}
+            ),
+        ),
+        partition_pb2.CreatePartitionResponse,
+        lambda response: response.partition,
+    )
+
+
 def set_partition_hosts(name: str, hosts: Mapping[str, Sequence[str]]) -> Call[partition_pb2.Partition]:
     """Replaces what /etc/hosts says inside."""
     return Call(
@@ -369,7 +406,7 @@ def stop_partition(name: str, *, timeout: float | None = None) -> Call[partition
         ),
         partition_pb2.StopPartitionResponse,
         lambda response: response.partition,
-        timeout=SLOW_CALL_SECONDS,
+        timeout=SLOW_CALL_SECONDS + (timeout or 0.0),
     )
 
 

@@ -112,6 +112,7 @@ class Client:
     get_partition = _Method(calls.get_partition)
     list_partitions = _ListMethod(calls.list_partitions)
     create_partition = _Method(calls.create_partition)
+    create_kvm_partition = _Method(calls.create_kvm_partition)
     set_partition_hosts = _Method(calls.set_partition_hosts)
     start_partition = _Method(calls.start_partition)
     stop_partition = _Method(calls.stop_partition)

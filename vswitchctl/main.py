@@ -21,7 +21,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "switch": ("vswitchctl.commands.switch", "app", "Switches, their MAC tables and flows."),
     "port": ("vswitchctl.commands.port", "app", "Ports of switches: counters and drops."),
     "nic": ("vswitchctl.commands.nic", "app", "Synthetic NICs of partitions."),
-    "partition": ("vswitchctl.commands.partition", "app", "Guests: start, stop, run commands inside."),
+    "partition": (
+        "vswitchctl.commands.partition",
+        "app",
+        "Guests, processes and VMs: start, stop, exec, console.",
+    ),
     "extension": ("vswitchctl.commands.extension", "app", "Python plug-ins of switches."),
     "capture": ("vswitchctl.commands.capture", "app", "Live pcapng of ports or of VMBus."),
     "inject": ("vswitchctl.commands.frames", "inject", "Let the frames of a file enter at a port."),

@@ -136,7 +136,7 @@ class Daemon:
         if self._stop_guests:
             await self._switches.close()
             await self._hypervisor.close()
-        nothing_left = self._stop_guests and await self._store.is_empty()
+        nothing_left = not self._partitions.any_runs and await self._store.is_empty()
         await self._store.close()
         if nothing_left:
             await asyncio.to_thread(self._config.run_dir.clean)

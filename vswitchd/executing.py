@@ -16,6 +16,7 @@ from hypervisor import AgentError, DoorLost, GuestProcess
 from hypervisor.partition import PartitionError
 from vswitch_api.v1 import partition_pb2
 from vswitchd.errors import ApiError, invalid, unavailable
+from vswitchd.kinds import no_agent
 from vswitchd.partitions import PartitionManager
 
 CHUNK = 65536
@@ -46,6 +47,8 @@ class Executor:
         start = first.start
         _check(start)
         record = self._partitions.find(start.partition, "start.partition")
+        if record.message.WhichOneof("spec") == "kvm":
+            raise no_agent(record.message)
         partition = record.running()
         streams = CommandStreams(start.terminal if start.HasField("terminal") else None)
         process: GuestProcess | None = None

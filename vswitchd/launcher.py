@@ -1,18 +1,19 @@
-"""Starting guests: `python -m netvsc` by exec, in a session of its own, so that it outlives the daemon.
+"""Starting guests and watching them: by exec, in a session of their own, so that they outlive the daemon.
 
-A guest is given its door's listening socket and its standard streams, and nothing else: a clean environment,
-no other descriptor, its words appended to a log file of this user. It is known again after a restart by its
+What is started is a kind's business (`vswitchd.kinds`): a `Launch` says it. A guest is given the
+descriptors named there and its standard streams, and nothing else: a clean environment, no other
+descriptor, its words appended to a log file of this user. It is known again after a restart by its
 process id and start time together, and watched through a pidfd.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,44 +21,39 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DOOR_VARIABLE = "VSWITCH_DOOR_FD"
 LOG_TAIL_BYTES = 2000
+LOG_MOST_BYTES = 4 << 20
+"""A log longer than this is cut, at a start and while the guest runs."""
 LOG_KEEP_BYTES = 1 << 20
-"""What a guest has said in earlier runs is kept up to this size."""
+"""What stays of it: the end."""
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 @dataclass(frozen=True)
-class GuestSpec:
-    """What to start."""
+class Launch:
+    """What to start: `fds` keep their numbers in the guest."""
 
-    name: str
-    kind: str
-    engine: str
-    grace_seconds: float
-    link: str
-    hide: Path
+    argv: list[str]
+    env: dict[str, str]
+    fds: tuple[int, ...]
     log_path: Path
+    status_path: Path | None = None
+    """Where a keeper writes the guest's exit status, for a daemon that is not its parent."""
 
 
-def command(spec: GuestSpec) -> list[str]:
-    """The guest's command line. `-P`: nothing is imported from the current directory."""
-    return [
-        sys.executable,
-        "-P",
-        "-m",
-        "netvsc",
-        "--kind",
-        spec.kind,
-        "--name",
-        spec.name,
-        "--engine",
-        spec.engine,
-        "--grace",
-        f"{spec.grace_seconds:g}",
-        "--hide",
-        str(spec.hide),
-        "--link",
-        spec.link,
-    ]
+@dataclass(frozen=True)
+class Ending:
+    """How a guest ended: its exit status, or the negative number of the signal that killed it; None when
+    nobody can say.
+    """
+
+    code: int | None
+
+    def __str__(self) -> str:
+        if self.code is None:
+            return "ended"
+        return (
+            f"was killed by {_signal_name(-self.code)}" if self.code < 0 else f"ended with status {self.code}"
+        )
 
 
 def environment(door_fd: int) -> dict[str, str]:
@@ -76,26 +72,36 @@ def environment(door_fd: int) -> dict[str, str]:
 class GuestProcess:
     """A running guest: started by this daemon, or by an earlier one and found again."""
 
-    def __init__(self, pid: int, pidfd: int, started: int, on_exit: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        pid: int,
+        pidfd: int,
+        started: int,
+        on_exit: Callable[[Ending], None],
+        status_path: Path | None = None,
+    ) -> None:
         """`started` is the kernel's start time of the process, in clock ticks after boot."""
         self.pid = pid
         self.started = started
         self._pidfd = pidfd
         self._on_exit = on_exit
+        self._status_path = status_path
         self._child: subprocess.Popen[bytes] | None = None
-        self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.ended: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         asyncio.get_running_loop().add_reader(pidfd, self._exited)
 
     @classmethod
-    async def launch(cls, spec: GuestSpec, door_fd: int, on_exit: Callable[[str], None]) -> GuestProcess:
-        """Starts a guest with its door. OSError when the interpreter cannot be started."""
-        child = await asyncio.to_thread(_spawn, spec, door_fd)
-        guest = cls(child.pid, os.pidfd_open(child.pid), start_time(child.pid), on_exit)
+    async def launch(cls, what: Launch, on_exit: Callable[[Ending], None]) -> GuestProcess:
+        """Starts a guest. OSError when its program cannot be started."""
+        child = await asyncio.to_thread(_spawn, what)
+        guest = cls(child.pid, os.pidfd_open(child.pid), start_time(child.pid), on_exit, what.status_path)
         guest._child = child
         return guest
 
     @classmethod
-    def find(cls, pid: int, started: int, on_exit: Callable[[str], None]) -> GuestProcess | None:
+    def find(
+        cls, pid: int, started: int, on_exit: Callable[[Ending], None], status_path: Path | None = None
+    ) -> GuestProcess | None:
         """The guest that an earlier daemon started, when it still lives and the pid is not another's
         by now.
         """
@@ -111,7 +117,7 @@ class GuestProcess:
         except OSError:
             os.close(pidfd)
             return None
-        return cls(pid, pidfd, started, on_exit)
+        return cls(pid, pidfd, started, on_exit, status_path)
 
     def signal(self, number: int) -> None:
         """To the guest's outer process; its death ends everything inside."""
@@ -135,10 +141,10 @@ class GuestProcess:
         self._close()
 
     def _exited(self) -> None:
-        how = "ended"
-        if self._child is not None:
-            status = self._child.wait()
-            how = f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
+        told = exit_status(self._status_path)
+        how = Ending(self._child.wait() if self._child is not None else None)
+        if told is not None:
+            how = Ending(told)  # The guest's own end, which a keeper passes on as well as an exit status can.
         self._close()
         if not self.ended.done():
             self.ended.set_result(how)
@@ -179,18 +185,48 @@ def log_tail(path: Path) -> str:
         return ""
 
 
-def _spawn(spec: GuestSpec, door_fd: int) -> subprocess.Popen[bytes]:
-    if spec.log_path.is_file() and spec.log_path.stat().st_size > LOG_KEEP_BYTES:
-        os.truncate(spec.log_path, 0)
-    log = os.open(spec.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+def exit_status(path: Path | None) -> int | None:
+    """What a keeper wrote of its guest's end; None where there is none, or it has not ended."""
+    if path is None:
+        return None
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def cut_log(path: Path, most: int = LOG_MOST_BYTES, keep: int = LOG_KEEP_BYTES) -> bool:
+    """Takes the beginning away from a log of more than `most` bytes; True when it did.
+
+    Guests append (O_APPEND), so what they write next follows what is left. A line that is written in
+    between may be lost.
+    """
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            size = os.fstat(fd).st_size
+            if size <= most:
+                return False
+            tail = os.pread(fd, keep, size - keep)
+            os.ftruncate(fd, 0)
+            os.write(fd, b"[the beginning was cut: the log had passed its bound]\n" + tail)
+            return True
+        finally:
+            os.close(fd)
+    return False
+
+
+def _spawn(what: Launch) -> subprocess.Popen[bytes]:
+    cut_log(what.log_path)
+    log = os.open(what.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         return subprocess.Popen(
-            command(spec),
-            env=environment(door_fd),
+            what.argv,
+            env=what.env,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            pass_fds=(door_fd,),
+            pass_fds=what.fds,
             start_new_session=True,
             cwd="/",
         )

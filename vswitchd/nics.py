@@ -181,9 +181,8 @@ class NicWorkshop:
         return iter(records)
 
 
-def interface_config(record: NicRecord) -> dict[str, object]:
+def interface_config(message: nic_pb2.Nic) -> dict[str, object]:
     """What the agent is told of one interface (door, CONFIGURE)."""
-    message = record.message
     return {
         "mac": message.mac,
         "name": message.name.rpartition("/")[2],

@@ -9,15 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from hypervisor import Hypervisor, Partition
 from vswitch_api.v1 import nic_pb2, partition_pb2
-from vswitchd.core import Core, engine_value, new_uid, now
+from vswitchd import kinds
+from vswitchd.core import Core, new_uid, now
 from vswitchd.errors import (
     ApiError,
     already_exists,
@@ -27,33 +27,21 @@ from vswitchd.errors import (
     precondition,
     unavailable,
 )
-from vswitchd.launcher import GuestProcess, GuestSpec, agent_pid, log_tail
-from vswitchd.nics import NicRecord, NicWorkshop, interface_config, require
-from vswitchd.resources import check_address, check_id, check_labels, check_mask, parse
+from vswitchd.kinds import GuestSide
+from vswitchd.kinds.process import check_hosts
+from vswitchd.launcher import Ending, GuestProcess, agent_pid, cut_log, exit_status, log_tail
+from vswitchd.nics import NicRecord, NicWorkshop, require
+from vswitchd.resources import check_id, check_labels, check_mask, parse
 from vswitchd.switches import SwitchManager
 
 log = logging.getLogger("vswitchd.partition")
 
 MAX_PARTITIONS = 1024
-PAGE = 4096
-DEFAULT_MEMORY = 32 << 20
-MEMORY_RANGE = range(4 << 20, (1 << 30) + 1)
-MAX_VPS = 64
-MAX_GRACE_SECONDS = 86400.0
-DEFAULT_GRACE_SECONDS = 30.0
-MAX_HOSTS = 4096
 ATTACH_SECONDS = 20.0
 REATTACH_SECONDS = 10.0
-STOP_SECONDS = 2.0
 MAX_STOP_SECONDS = 60.0
-KINDS = {
-    partition_pb2.PROCESS_KIND_NETNS: "netns",
-}
-LINKS = {
-    partition_pb2.GUEST_LINK_UNSPECIFIED: "auto",
-    partition_pb2.GUEST_LINK_TAP: "tap",
-    partition_pb2.GUEST_LINK_VETH: "veth",
-}
+LOG_LOOK_SECONDS = 2.0
+"""How often the logs of running guests are held to their bound."""
 RUNS = partition_pb2.PARTITION_STATE_RUNNING
 STOPPED = partition_pb2.PARTITION_STATE_STOPPED
 FAILED = partition_pb2.PARTITION_STATE_FAILED
@@ -64,6 +52,7 @@ class PartitionRecord:
     """A partition that exists; `partition` and `guest` while it runs."""
 
     message: partition_pb2.Partition
+    side: GuestSide
     nics: dict[str, NicRecord] = field(default_factory=dict)
     partition: Partition | None = None
     guest: GuestProcess | None = None
@@ -84,7 +73,12 @@ class PartitionRecord:
         if self.guest is not None:
             message.pid = self.guest.pid
             message.agent_pid = agent_pid(self.guest.pid)
+            self.side.describe(message)
         return message
+
+    def nic_messages(self) -> list[nic_pb2.Nic]:
+        """Its NICs in the order of their names."""
+        return [nic.message for _, nic in sorted(self.nics.items())]
 
     def running(self) -> Partition:
         """The hypervisor's partition; FAILED_PRECONDITION when the guest does not run."""
@@ -148,70 +142,54 @@ class PartitionManager:
     # --- partitions -----------------------------------------------------------------------------------------
 
     async def create(self, request: partition_pb2.CreatePartitionRequest) -> PartitionRecord:
-        message = self._checked(request)
+        message = await self._checked(request)
         async with self._lock:
             if request.partition_id in self.records:
                 raise already_exists(message.name)
             if len(self.records) >= MAX_PARTITIONS:
                 raise exhausted(f"{MAX_PARTITIONS} partitions exist", "delete one that is not needed")
-            record = PartitionRecord(message)
+            record = self._record(message)
             await self._core.save(message)
             self.records[request.partition_id] = record
             self._core.hub.added(record.describe())
         return record
 
-    def _checked(self, request: partition_pb2.CreatePartitionRequest) -> partition_pb2.Partition:
+    def _record(self, message: partition_pb2.Partition) -> PartitionRecord:
+        def changed(event: str) -> None:
+            record = self.records.get(message.name.rpartition("/")[2])
+            if record is not None and record.message is message:
+                if event:
+                    self._core.hub.event(event, message.name, "")
+                self._core.hub.modified(record.describe())
+                self._save_soon(record)
+
+        return PartitionRecord(message, kinds.side_of(self._core, message, changed))
+
+    async def _checked(self, request: partition_pb2.CreatePartitionRequest) -> partition_pb2.Partition:
         partition_id = check_id("partition_id", request.partition_id)
         wanted = request.partition
-        if wanted.WhichOneof("spec") not in (None, "process"):
-            raise invalid("partition.spec", "unknown kind of partition", "use `process`")
-        memory = wanted.memory_bytes or DEFAULT_MEMORY
-        if memory not in MEMORY_RANGE or memory % PAGE:
-            raise invalid(
-                "partition.memory_bytes",
-                f"{memory} is not a multiple of {PAGE} from {MEMORY_RANGE.start} to {MEMORY_RANGE.stop - 1}",
-            )
-        if wanted.vp_count > MAX_VPS:
-            raise invalid("partition.vp_count", f"{wanted.vp_count} is more than {MAX_VPS}")
         check_labels("partition.labels", wanted.labels)
-        process = partition_pb2.ProcessSpec()
-        process.CopyFrom(wanted.process)
-        process.kind = process.kind or partition_pb2.PROCESS_KIND_NETNS
-        if process.kind not in KINDS:
-            raise invalid("partition.process.kind", f"unknown value {process.kind}")
-        if process.guest_link not in LINKS:
-            raise invalid("partition.process.guest_link", f"unknown value {process.guest_link}")
-        process.hostname = check_id("partition.process.hostname", process.hostname or partition_id)
-        process.engine = engine_value(self._core.engine_of(process.engine, "partition.process.engine"))
-        if not process.HasField("grace"):
-            process.grace.FromTimedelta(timedelta(seconds=DEFAULT_GRACE_SECONDS))
-        grace = process.grace.ToTimedelta().total_seconds()
-        if not 0.0 <= grace <= MAX_GRACE_SECONDS:
-            raise invalid(
-                "partition.process.grace", f"{grace:g} s is not within 0 to {MAX_GRACE_SECONDS:g} s"
-            )
-        _check_hosts("partition.process.hosts", process)
-        return partition_pb2.Partition(
-            name=f"partitions/{partition_id}",
-            uid=new_uid(),
-            memory_bytes=memory,
-            vp_count=wanted.vp_count or 1,
-            process=process,
-            state=STOPPED,
-            create_time=now(),
-            log_path=str(self._core.config.run_dir.logs / f"{partition_id}.log"),
-            labels=wanted.labels,
-        )
+        # Files are looked at: not on the loop.
+        message = await asyncio.to_thread(kinds.checked, self._core, partition_id, wanted)
+        message.name = f"partitions/{partition_id}"
+        message.uid = new_uid()
+        message.state = STOPPED
+        message.create_time.CopyFrom(now())
+        message.log_path = str(self._core.config.run_dir.logs / f"{partition_id}.log")
+        message.labels.update(wanted.labels)
+        return message
 
     async def update(self, request: partition_pb2.UpdatePartitionRequest) -> PartitionRecord:
         record = self.find(request.partition.name, "partition.name")
         check_mask(request.update_mask.paths, ["process.hosts"])
-        _check_hosts("partition.process.hosts", request.partition.process)
+        check_hosts("partition.process.hosts", request.partition.process)
+        if record.message.WhichOneof("spec") != "process":
+            raise kinds.no_agent(record.message)
         async with record.lock:
             record.message.process.ClearField("hosts")
             record.message.process.MergeFrom(partition_pb2.ProcessSpec(hosts=request.partition.process.hosts))
             if record.message.state == RUNS:
-                await self._configure(record, record.running())
+                await record.side.configure(record.running(), record.nic_messages())
             await self._save(record)
             self._core.hub.modified(record.describe())
         return record
@@ -227,7 +205,7 @@ class PartitionManager:
                         reason="PARTITION_RUNS",
                         remedy="stop it first, or delete it with `force`",
                     )
-                await self._stop(record, STOP_SECONDS, STOPPED, "")
+                await self._stop(record, record.side.end_seconds, STOPPED, "")
             for nic in list(record.nics.values()):
                 await self._workshop.delete(nic, record.nics)
             self.records.pop(record.id, None)
@@ -245,7 +223,7 @@ class PartitionManager:
             try:
                 await self._start(record)
             except BaseException as error:
-                words = log_tail(self._log_path(record))
+                words = log_tail(Path(record.message.log_path))
                 last = f"; its last words: {words.splitlines()[-1]}" if words else ""
                 why = f"{error or type(error).__name__}{last}"
                 await asyncio.shield(self._stop(record, 0.0, FAILED, why))
@@ -271,7 +249,8 @@ class PartitionManager:
         message.partition_id = partition.id
         door = partition.listen()
         try:
-            record.guest = await GuestProcess.launch(self._spec(record), door, self._guest_ended(record))
+            async with record.side.launch(partition, door, record.nic_messages()) as what:
+                record.guest = await GuestProcess.launch(what, self._guest_ended(record))
         finally:
             os.close(door)
         # From here on a successor finds the guest, whatever happens to this daemon.
@@ -283,6 +262,7 @@ class PartitionManager:
         assert record.guest is not None
         partition.on_detached.append(self._door_lost(record, partition))
         partition.on_changed.append(lambda: self._save_soon(record))
+        await record.side.offer(partition)
         for nic in record.nics.values():
             await self._workshop.offer(nic, partition)
         attaching = asyncio.create_task(partition.attach(seconds))
@@ -292,28 +272,11 @@ class PartitionManager:
             attaching.cancel()
             raise RuntimeError(f"the guest {record.guest.ended.result()}")
         await attaching
-        await self._configure(record, partition)
-
-    async def _configure(self, record: PartitionRecord, partition: Partition) -> None:
-        process = record.message.process
-        document = {
-            "hostname": process.hostname,
-            "hosts": {name: list(entry.addresses) for name, entry in sorted(process.hosts.items())},
-            "interfaces": [interface_config(nic) for _, nic in sorted(record.nics.items())],
-        }
-        try:
-            await partition.configure(document)
-        except TimeoutError as error:
-            raise unavailable(
-                record.name,
-                f"{record.name}: its guest does not answer: {error}",
-                reason="GUEST_SILENT",
-                remedy=f"read {record.message.log_path}; stop it and start it again",
-            ) from error
+        await record.side.configure(partition, record.nic_messages())
 
     async def stop(self, name: str, seconds: float | None) -> PartitionRecord:
         record = self.find(name)
-        patience = STOP_SECONDS if seconds is None else seconds
+        patience = record.side.stop_seconds if seconds is None else seconds
         if not 0.0 <= patience <= MAX_STOP_SECONDS:
             raise invalid("timeout", f"{patience:g} s is not within 0 to {MAX_STOP_SECONDS:g} s")
         async with record.lock:
@@ -333,7 +296,7 @@ class PartitionManager:
         partition, guest = record.partition, record.guest
         if partition is not None and guest is not None and not guest.ended.done() and patience > 0:
             try:
-                await partition.shutdown(patience)
+                await record.side.ask_to_end(partition, patience)
             except Exception as error:
                 log.info("shutdown_refused", extra={"resource": record.name, "error": str(error)})
         if guest is not None:
@@ -346,6 +309,7 @@ class PartitionManager:
         record.partition = None
         if partition is not None:
             await partition.delete()
+            record.side.clear(partition.id)
         record.message.partition_id = 0
         self._set_state(record, state, detail)
         await self._save(record)
@@ -362,7 +326,7 @@ class PartitionManager:
             if record.message.state == RUNS:
                 partition = record.running()
                 await self._workshop.offer(nic, partition)
-                await self._configure(record, partition)
+                await record.side.configure(partition, record.nic_messages())
                 await self._save(record)
             self._core.hub.modified(record.describe())
         return nic
@@ -396,40 +360,46 @@ class PartitionManager:
 
     # --- what happens by itself -----------------------------------------------------------------------------
 
-    def _guest_ended(self, record: PartitionRecord) -> Callable[[str], None]:
-        def ended(how: str) -> None:
-            self._settle(record, f"the guest {how}", "guest_lost")
+    def _guest_ended(self, record: PartitionRecord) -> Callable[[Ending], None]:
+        def ended(how: Ending) -> None:
+            self._settle(record, how)
 
         return ended
 
     def _door_lost(self, record: PartitionRecord, partition: Partition) -> Callable[[str], None]:
         def lost(why: str) -> None:
             if record.partition is partition:
-                self._settle(record, f"its door is lost: {why}", "door_lost")
+                self._settle(record, why)
 
         return lost
 
-    def _settle(self, record: PartitionRecord, why: str, kind: str) -> None:
+    def _settle(self, record: PartitionRecord, why: Ending | str) -> None:
         if record.message.state != RUNS:
             return  # Whoever starts or stops it is looking.
-        task = asyncio.create_task(self._settled(record, record.guest, why, kind))
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        self._spawn(self._settled(record, record.guest, why))
 
-    async def _settled(
-        self, record: PartitionRecord, guest: GuestProcess | None, why: str, kind: str
-    ) -> None:
+    async def _settled(self, record: PartitionRecord, guest: GuestProcess | None, why: Ending | str) -> None:
+        """A guest ended, or its door broke for the reason given."""
         async with record.lock:
             if record.guest is not guest or record.message.state != RUNS:
                 return
-            if guest is not None and kind == "door_lost":
+            if guest is not None and isinstance(why, str):
                 # A dying guest's door breaks a moment before its process is seen to end: say the better
                 # reason.
                 done, _ = await asyncio.wait([guest.ended], timeout=0.5)
-                why = f"the guest {guest.ended.result()}" if done else why
-                kind = "guest_lost" if done else kind
-            self._core.hub.event(kind, record.name, why)
-            await self._stop(record, 0.0, FAILED, why)
+                why = guest.ended.result() if done else why
+            if isinstance(why, str):
+                kind, state, text = "door_lost", FAILED, f"its door is lost: {why}"
+            else:
+                state, text = record.side.verdict(why)
+                kind = "guest_ended" if state == STOPPED else "guest_lost"
+            self._core.hub.event(kind, record.name, text)
+            await self._stop(record, 0.0, state, text)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     def _set_state(
         self, record: PartitionRecord, state: partition_pb2.PartitionState.ValueType, detail: str
@@ -445,9 +415,7 @@ class PartitionManager:
         if record.name in self._unsaved:
             return
         self._unsaved.add(record.name)
-        task = asyncio.create_task(self._save_later(record))
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        self._spawn(self._save_later(record))
 
     async def _save_later(self, record: PartitionRecord) -> None:
         await asyncio.sleep(0.05)
@@ -477,7 +445,7 @@ class PartitionManager:
         rows = await self._core.store.load("partition")
         for row in rows:
             message = partition_pb2.Partition.FromString(row.body)
-            record = PartitionRecord(message)
+            record = self._record(message)
             self.records[record.id] = record
             try:
                 for nic in await self._workshop.restore(record.name):
@@ -488,11 +456,31 @@ class PartitionManager:
             *(self._find_again(self.records[row.name.rpartition("/")[2]], row.private) for row in rows)
         )
 
-        doors = {partition.door_path for partition in self._hypervisor.partitions.values()}
-        for path in await asyncio.to_thread(lambda: list(self._core.config.run_dir.doors.glob("*.sock"))):
-            if path not in doors:
-                # Its guest is gone, or was never stored and ends by itself when nobody connects.
-                path.unlink(missing_ok=True)
+        await self._sweep()
+        self._spawn(self._bound_logs())
+
+    async def _sweep(self) -> None:
+        """Removes what guests that are gone have left in the run directory, or such as were never stored
+        and end by themselves when nobody connects.
+        """
+        used = {str(partition.id) for partition in self._hypervisor.partitions.values()}
+        run_dir = self._core.config.run_dir
+
+        def sweep() -> None:
+            for directory in (run_dir.doors, run_dir.consoles):
+                for path in directory.glob("*.*"):
+                    if path.stem not in used:
+                        path.unlink(missing_ok=True)
+
+        await asyncio.to_thread(sweep)
+
+    async def _bound_logs(self) -> None:
+        """Holds the logs of running guests to their bound: what a guest says may be without end."""
+        while True:
+            await asyncio.sleep(LOG_LOOK_SECONDS)
+            paths = [Path(record.message.log_path) for record in self.records.values() if record.guest]
+            for path in paths:
+                await asyncio.to_thread(cut_log, path)
 
     async def _find_again(self, record: PartitionRecord, private: dict[str, Any]) -> None:
         if not private:
@@ -501,12 +489,19 @@ class PartitionManager:
                 await self._save(record)
             return
         async with record.lock:
-            guest = GuestProcess.find(int(private["pid"]), int(private["started"]), self._guest_ended(record))
+            status_path = record.side.status_path(int(private["saved"]["id"]))
+            guest = GuestProcess.find(
+                int(private["pid"]), int(private["started"]), self._guest_ended(record), status_path
+            )
             if guest is None:
                 self.restored.gone.append(record.name)
-                why = "the guest ended while there was no daemon"
+                state, why = FAILED, "the guest ended while there was no daemon"
+                code = exit_status(status_path)
+                if code is not None:
+                    state, why = record.side.verdict(Ending(code))
+                    why += " (while there was no daemon)"
                 self._core.hub.event("guest_gone", record.name, why)
-                self._set_state(record, FAILED, why)
+                self._set_state(record, state, why)
                 await self._save(record)
                 return
             record.guest = guest
@@ -532,39 +527,21 @@ class PartitionManager:
             task.cancel()
         if stop_guests:
             await asyncio.gather(*(self._end_for_good(record) for record in self.records.values()))
+            await self._sweep()
             return
         for record in self.records.values():
             async with record.lock:
                 if record.guest is not None:
                     await self._save(record)
                     record.guest.forget()
+        await self._sweep()
+
+    @property
+    def any_runs(self) -> bool:
+        """Whether a guest lives on when this daemon ends."""
+        return any(record.guest is not None for record in self.records.values())
 
     async def _end_for_good(self, record: PartitionRecord) -> None:
         async with record.lock:
             if record.guest is not None:
-                await self._stop(record, STOP_SECONDS, STOPPED, "")
-
-    def _spec(self, record: PartitionRecord) -> GuestSpec:
-        process = record.message.process
-        return GuestSpec(
-            name=record.id,
-            kind=KINDS[process.kind],
-            engine=self._core.engine_of(process.engine, "partition.process.engine"),
-            grace_seconds=process.grace.ToTimedelta().total_seconds(),
-            link=LINKS[process.guest_link],
-            hide=self._core.config.run_dir.root,
-            log_path=self._log_path(record),
-        )
-
-    def _log_path(self, record: PartitionRecord) -> Path:
-        return self._core.config.run_dir.logs / f"{record.id}.log"
-
-
-def _check_hosts(field_name: str, process: partition_pb2.ProcessSpec) -> None:
-    if len(process.hosts) > MAX_HOSTS:
-        raise invalid(field_name, f"{len(process.hosts)} names; at most {MAX_HOSTS} are taken")
-    for name, entry in process.hosts.items():
-        if not name or len(name) > 253 or any(character.isspace() for character in name):
-            raise invalid(field_name, f"{name[:80]!r} is not a host name")
-        for address in entry.addresses:
-            check_address(f"{field_name}[{name}]", address)
+                await self._stop(record, record.side.end_seconds, STOPPED, "")

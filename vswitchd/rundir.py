@@ -12,9 +12,9 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-# sun_path is 108 bytes with its NUL, unix(7); the longest name below is "doors/" and a partition id.
+# sun_path is 108 bytes with its NUL, unix(7); the longest name below is "consoles/" and a partition id.
 MAX_PATH_BYTES = 107
-LONGEST_NAME = len("/doors/18446744073709551615.sock")
+LONGEST_NAME = len("/consoles/18446744073709551615.sock")
 
 
 class StartError(RuntimeError):
@@ -47,6 +47,11 @@ class RunDir:
         return self.root / "doors"
 
     @property
+    def consoles(self) -> Path:
+        """Sockets that virtual machines' consoles listen on, and how the machines ended."""
+        return self.root / "consoles"
+
+    @property
     def lock(self) -> Path:
         return self.root / "daemon.lock"
 
@@ -72,12 +77,12 @@ class RunDir:
             )
         if stat.S_IMODE(status.st_mode) != 0o700:
             self.root.chmod(0o700)
-        for path in (self.internal, self.logs):
+        for path in (self.internal, self.logs, self.consoles):
             path.mkdir(mode=0o700, exist_ok=True)
 
     def clean(self) -> None:
         """Leaves nothing but logs behind: for the end of a daemon that had nothing to keep."""
-        for path in (self.internal, self.doors):
+        for path in (self.internal, self.doors, self.consoles):
             shutil.rmtree(path, ignore_errors=True)
         for suffix in ("", "-wal", "-shm"):
             self.store.with_name(self.store.name + suffix).unlink(missing_ok=True)

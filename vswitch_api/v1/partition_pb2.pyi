@@ -23,6 +23,27 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _HeartbeatState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _HeartbeatStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HeartbeatState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    HEARTBEAT_STATE_UNSPECIFIED: _HeartbeatState.ValueType  # 0
+    """No heartbeat service: not a virtual machine, or its kernel has not come that far."""
+    HEARTBEAT_STATE_OK: _HeartbeatState.ValueType  # 1
+    HEARTBEAT_STATE_LOST: _HeartbeatState.ValueType  # 2
+    """It beat once, and has stopped."""
+
+class HeartbeatState(_HeartbeatState, metaclass=_HeartbeatStateEnumTypeWrapper): ...
+
+HEARTBEAT_STATE_UNSPECIFIED: HeartbeatState.ValueType  # 0
+"""No heartbeat service: not a virtual machine, or its kernel has not come that far."""
+HEARTBEAT_STATE_OK: HeartbeatState.ValueType  # 1
+HEARTBEAT_STATE_LOST: HeartbeatState.ValueType  # 2
+"""It beat once, and has stopped."""
+Global___HeartbeatState: _TypeAlias = HeartbeatState  # noqa: Y015
+
 class _ProcessKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -74,7 +95,7 @@ class _PartitionStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Partit
     PARTITION_STATE_RUNNING: _PartitionState.ValueType  # 3
     PARTITION_STATE_STOPPING: _PartitionState.ValueType  # 4
     PARTITION_STATE_FAILED: _PartitionState.ValueType  # 5
-    """The guest ended by itself or was killed, or its door broke: see `detail`."""
+    """The guest crashed or was killed, or its door broke: see `detail`. A virtual machine that powered off is STOPPED."""
 
 class PartitionState(_PartitionState, metaclass=_PartitionStateEnumTypeWrapper): ...
 
@@ -84,7 +105,7 @@ PARTITION_STATE_STARTING: PartitionState.ValueType  # 2
 PARTITION_STATE_RUNNING: PartitionState.ValueType  # 3
 PARTITION_STATE_STOPPING: PartitionState.ValueType  # 4
 PARTITION_STATE_FAILED: PartitionState.ValueType  # 5
-"""The guest ended by itself or was killed, or its door broke: see `detail`."""
+"""The guest crashed or was killed, or its door broke: see `detail`. A virtual machine that powered off is STOPPED."""
 Global___PartitionState: _TypeAlias = PartitionState  # noqa: Y015
 
 @_typing.final
@@ -117,6 +138,7 @@ class Partition(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     VP_COUNT_FIELD_NUMBER: _builtins.int
     PROCESS_FIELD_NUMBER: _builtins.int
+    KVM_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
@@ -125,6 +147,7 @@ class Partition(_message.Message):
     LOG_PATH_FIELD_NUMBER: _builtins.int
     AGENT_PID_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    GUEST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"partitions/{partition}". Output only; the id is given on creation."""
     uid: _builtins.str
@@ -132,7 +155,7 @@ class Partition(_message.Message):
     partition_id: _builtins.int
     """The hypervisor's partition id; 0 before the first start. Output only."""
     memory_bytes: _builtins.int
-    """Guest memory in bytes, a multiple of 4096; 0 means 32 MiB. Immutable."""
+    """Guest memory in bytes, a multiple of 4096; 0 means 32 MiB for a process, 256 MiB for a virtual machine. Immutable."""
     vp_count: _builtins.int
     """0 means 1. Immutable."""
     state: Global___PartitionState.ValueType
@@ -150,6 +173,8 @@ class Partition(_message.Message):
     @_builtins.property
     def process(self) -> Global___ProcessSpec: ...
     @_builtins.property
+    def kvm(self) -> Global___KvmSpec: ...
+    @_builtins.property
     def nics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of its NICs. Output only."""
 
@@ -161,6 +186,10 @@ class Partition(_message.Message):
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Marks for whoever made it, at most 32 of at most 255 bytes each: "lab" -> "two-guests". Immutable."""
 
+    @_builtins.property
+    def guest(self) -> Global___GuestInfo:
+        """What is known of the system that runs in a virtual machine. Output only."""
+
     def __init__(
         self,
         *,
@@ -170,6 +199,7 @@ class Partition(_message.Message):
         memory_bytes: _builtins.int = ...,
         vp_count: _builtins.int = ...,
         process: Global___ProcessSpec | None = ...,
+        kvm: Global___KvmSpec | None = ...,
         state: Global___PartitionState.ValueType = ...,
         detail: _builtins.str = ...,
         pid: _builtins.int = ...,
@@ -178,16 +208,133 @@ class Partition(_message.Message):
         log_path: _builtins.str = ...,
         agent_pid: _builtins.int = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        guest: Global___GuestInfo | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "process", b"process", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "guest", b"guest", "kvm", b"kvm", "process", b"process", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_pid", b"agent_pid", "create_time", b"create_time", "detail", b"detail", "labels", b"labels", "log_path", b"log_path", "memory_bytes", b"memory_bytes", "name", b"name", "nics", b"nics", "partition_id", b"partition_id", "pid", b"pid", "process", b"process", "spec", b"spec", "state", b"state", "uid", b"uid", "vp_count", b"vp_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_pid", b"agent_pid", "create_time", b"create_time", "detail", b"detail", "guest", b"guest", "kvm", b"kvm", "labels", b"labels", "log_path", b"log_path", "memory_bytes", b"memory_bytes", "name", b"name", "nics", b"nics", "partition_id", b"partition_id", "pid", b"pid", "process", b"process", "spec", b"spec", "state", b"state", "uid", b"uid", "vp_count", b"vp_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["process"]  # noqa: Y015
+    _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["process", "kvm"]  # noqa: Y015
     _WhichOneofArgType_spec: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_spec) -> _WhichOneofReturnType_spec | None: ...
 
 Global___Partition: _TypeAlias = Partition  # noqa: Y015
+
+@_typing.final
+class KvmSpec(_message.Message):
+    """A guest that is a virtual machine: a stock kernel that finds a Hyper-V host."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KERNEL_FIELD_NUMBER: _builtins.int
+    INITRD_FIELD_NUMBER: _builtins.int
+    CMDLINE_FIELD_NUMBER: _builtins.int
+    HOST_CPUS_FIELD_NUMBER: _builtins.int
+    GRACE_FIELD_NUMBER: _builtins.int
+    HOSTNAME_FIELD_NUMBER: _builtins.int
+    kernel: _builtins.str
+    """Absolute path of the kernel (a bzImage), on the daemon's machine."""
+    initrd: _builtins.str
+    """Absolute path of the initial RAM disk; empty means none."""
+    cmdline: _builtins.str
+    """The kernel's command line; empty means "console=ttyS0". The daemon adds `vswitch.hostname=` and, for each NIC,
+    `vswitch.nic=`, which a kernel ignores and an init may read.
+    """
+    hostname: _builtins.str
+    """What `vswitch.hostname=` says; empty means the partition's id."""
+    @_builtins.property
+    def host_cpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The host CPUs that the virtual processors may run on; empty means all."""
+
+    @_builtins.property
+    def grace(self) -> _duration_pb2.Duration:
+        """How long it lives on without a daemon; unset means 30 s, at most one day."""
+
+    def __init__(
+        self,
+        *,
+        kernel: _builtins.str = ...,
+        initrd: _builtins.str = ...,
+        cmdline: _builtins.str = ...,
+        host_cpus: _abc.Iterable[_builtins.int] | None = ...,
+        grace: _duration_pb2.Duration | None = ...,
+        hostname: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grace", b"grace"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cmdline", b"cmdline", "grace", b"grace", "host_cpus", b"host_cpus", "hostname", b"hostname", "initrd", b"initrd", "kernel", b"kernel"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvmSpec: _TypeAlias = KvmSpec  # noqa: Y015
+
+@_typing.final
+class GuestInfo(_message.Message):
+    """What a virtual machine's system tells through its integration services. All of it is the guest's own word."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ValuesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    BOOTS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_TIME_FIELD_NUMBER: _builtins.int
+    OS_FIELD_NUMBER: _builtins.int
+    HOSTNAME_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    boots: _builtins.int
+    """How often it has booted since StartPartition: 1, and one more for each reboot."""
+    heartbeat: Global___HeartbeatState.ValueType
+    os: _builtins.str
+    """Its operating system, as "Linux 6.1.0-28-amd64"."""
+    hostname: _builtins.str
+    @_builtins.property
+    def heartbeat_time(self) -> _timestamp_pb2.Timestamp:
+        """The last beat."""
+
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def values(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Every key and value that it exchanged, at most 64."""
+
+    def __init__(
+        self,
+        *,
+        boots: _builtins.int = ...,
+        heartbeat: Global___HeartbeatState.ValueType = ...,
+        heartbeat_time: _timestamp_pb2.Timestamp | None = ...,
+        os: _builtins.str = ...,
+        hostname: _builtins.str = ...,
+        addresses: _abc.Iterable[_builtins.str] | None = ...,
+        values: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat_time", b"heartbeat_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "boots", b"boots", "heartbeat", b"heartbeat", "heartbeat_time", b"heartbeat_time", "hostname", b"hostname", "os", b"os", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GuestInfo: _TypeAlias = GuestInfo  # noqa: Y015
 
 @_typing.final
 class ProcessSpec(_message.Message):
@@ -494,7 +641,7 @@ class StopPartitionRequest(_message.Message):
     name: _builtins.str
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
-        """How long the guest may take to end by itself; unset means 2 s."""
+        """How long the guest may take to end by itself, at most 60 s; unset means 2 s for a process, 20 s for a virtual machine."""
 
     def __init__(
         self,
@@ -785,3 +932,121 @@ class ExecExit(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExecExit: _TypeAlias = ExecExit  # noqa: Y015
+
+@_typing.final
+class ConsoleOpen(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTITION_FIELD_NUMBER: _builtins.int
+    TAKE_OVER_FIELD_NUMBER: _builtins.int
+    partition: _builtins.str
+    """"partitions/{partition}" """
+    take_over: _builtins.bool
+    """End another caller's console for this one."""
+    def __init__(
+        self,
+        *,
+        partition: _builtins.str = ...,
+        take_over: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["partition", b"partition", "take_over", b"take_over"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConsoleOpen: _TypeAlias = ConsoleOpen  # noqa: Y015
+
+@_typing.final
+class ConsoleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPEN_FIELD_NUMBER: _builtins.int
+    INPUT_FIELD_NUMBER: _builtins.int
+    input: _builtins.bytes
+    """Keys, at most 64 KiB."""
+    @_builtins.property
+    def open(self) -> Global___ConsoleOpen: ...
+    def __init__(
+        self,
+        *,
+        open: Global___ConsoleOpen | None = ...,
+        input: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "message", b"message", "open", b"open"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "message", b"message", "open", b"open"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "input"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___ConsoleRequest: _TypeAlias = ConsoleRequest  # noqa: Y015
+
+@_typing.final
+class ConsoleResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPENED_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    output: _builtins.bytes
+    @_builtins.property
+    def opened(self) -> Global___ConsoleOpened:
+        """Joined: what follows is the console's output."""
+
+    @_builtins.property
+    def end(self) -> Global___ConsoleEnd:
+        """Last of the stream."""
+
+    def __init__(
+        self,
+        *,
+        opened: Global___ConsoleOpened | None = ...,
+        output: _builtins.bytes = ...,
+        end: Global___ConsoleEnd | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "message", b"message", "opened", b"opened", "output", b"output"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "message", b"message", "opened", b"opened", "output", b"output"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["opened", "output", "end"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___ConsoleResponse: _TypeAlias = ConsoleResponse  # noqa: Y015
+
+@_typing.final
+class ConsoleOpened(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConsoleOpened: _TypeAlias = ConsoleOpened  # noqa: Y015
+
+@_typing.final
+class ConsoleEnd(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DETAIL_FIELD_NUMBER: _builtins.int
+    detail: _builtins.str
+    """Why it ended, for humans."""
+    def __init__(
+        self,
+        *,
+        detail: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConsoleEnd: _TypeAlias = ConsoleEnd  # noqa: Y015

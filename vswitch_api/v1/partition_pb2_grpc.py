@@ -74,6 +74,11 @@ class PartitionServiceStub:
                 request_serializer=vswitch_dot_v1_dot_partition__pb2.ExecRequest.SerializeToString,
                 response_deserializer=vswitch_dot_v1_dot_partition__pb2.ExecResponse.FromString,
                 _registered_method=True)
+        self.Console = channel.stream_stream(
+                '/vswitch.v1.PartitionService/Console',
+                request_serializer=vswitch_dot_v1_dot_partition__pb2.ConsoleRequest.SerializeToString,
+                response_deserializer=vswitch_dot_v1_dot_partition__pb2.ConsoleResponse.FromString,
+                _registered_method=True)
 
 
 class PartitionServiceServicer:
@@ -105,14 +110,15 @@ class PartitionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StartPartition(self, request, context):
-        """Launches the guest; returns when its door is attached, its NICs are offered and its agent has configured them.
+        """Launches the guest; returns when its door is attached, its NICs are offered and, in a process partition, its agent
+        has configured them. A virtual machine's kernel boots from then on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StopPartition(self, request, context):
-        """Asks the guest to end, then ends it. Harmless when it does not run.
+        """Asks the guest to end (a virtual machine through its shutdown service), then ends it. Harmless when it does not run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -126,7 +132,16 @@ class PartitionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Exec(self, request_iterator, context):
-        """Runs a command inside. The first request starts it; the last response carries how it ended.
+        """Runs a command inside. The first request starts it; the last response carries how it ended. A virtual machine has
+        no agent to run it: FAILED_PRECONDITION.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Console(self, request_iterator, context):
+        """Joins the caller to a virtual machine's serial console, until either side ends. What the console wrote lately comes
+        first. One caller at a time: FAILED_PRECONDITION for a second one, unless it asks to take it over.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -174,6 +189,11 @@ def add_PartitionServiceServicer_to_server(servicer, server):
                     servicer.Exec,
                     request_deserializer=vswitch_dot_v1_dot_partition__pb2.ExecRequest.FromString,
                     response_serializer=vswitch_dot_v1_dot_partition__pb2.ExecResponse.SerializeToString,
+            ),
+            'Console': grpc.stream_stream_rpc_method_handler(
+                    servicer.Console,
+                    request_deserializer=vswitch_dot_v1_dot_partition__pb2.ConsoleRequest.FromString,
+                    response_serializer=vswitch_dot_v1_dot_partition__pb2.ConsoleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -392,6 +412,33 @@ class PartitionService:
             '/vswitch.v1.PartitionService/Exec',
             vswitch_dot_v1_dot_partition__pb2.ExecRequest.SerializeToString,
             vswitch_dot_v1_dot_partition__pb2.ExecResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Console(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/vswitch.v1.PartitionService/Console',
+            vswitch_dot_v1_dot_partition__pb2.ConsoleRequest.SerializeToString,
+            vswitch_dot_v1_dot_partition__pb2.ConsoleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,13 +37,21 @@ class PartitionServiceStub:
     UpdatePartition: _grpc.UnaryUnaryMultiCallable[_partition_pb2.UpdatePartitionRequest, _partition_pb2.UpdatePartitionResponse]
     """Changes what `update_mask` names: `process.hosts`. A running guest is told at once."""
     StartPartition: _grpc.UnaryUnaryMultiCallable[_partition_pb2.StartPartitionRequest, _partition_pb2.StartPartitionResponse]
-    """Launches the guest; returns when its door is attached, its NICs are offered and its agent has configured them."""
+    """Launches the guest; returns when its door is attached, its NICs are offered and, in a process partition, its agent
+    has configured them. A virtual machine's kernel boots from then on.
+    """
     StopPartition: _grpc.UnaryUnaryMultiCallable[_partition_pb2.StopPartitionRequest, _partition_pb2.StopPartitionResponse]
-    """Asks the guest to end, then ends it. Harmless when it does not run."""
+    """Asks the guest to end (a virtual machine through its shutdown service), then ends it. Harmless when it does not run."""
     DeletePartition: _grpc.UnaryUnaryMultiCallable[_partition_pb2.DeletePartitionRequest, _partition_pb2.DeletePartitionResponse]
     """FAILED_PRECONDITION while it runs, unless `force`. Its NICs go with it."""
     Exec: _grpc.StreamStreamMultiCallable[_partition_pb2.ExecRequest, _partition_pb2.ExecResponse]
-    """Runs a command inside. The first request starts it; the last response carries how it ended."""
+    """Runs a command inside. The first request starts it; the last response carries how it ended. A virtual machine has
+    no agent to run it: FAILED_PRECONDITION.
+    """
+    Console: _grpc.StreamStreamMultiCallable[_partition_pb2.ConsoleRequest, _partition_pb2.ConsoleResponse]
+    """Joins the caller to a virtual machine's serial console, until either side ends. What the console wrote lately comes
+    first. One caller at a time: FAILED_PRECONDITION for a second one, unless it asks to take it over.
+    """
 
 @_typing.type_check_only
 class PartitionServiceAsyncStub(PartitionServiceStub):
@@ -54,13 +62,21 @@ class PartitionServiceAsyncStub(PartitionServiceStub):
     UpdatePartition: _aio.UnaryUnaryMultiCallable[_partition_pb2.UpdatePartitionRequest, _partition_pb2.UpdatePartitionResponse]  # type: ignore[assignment]
     """Changes what `update_mask` names: `process.hosts`. A running guest is told at once."""
     StartPartition: _aio.UnaryUnaryMultiCallable[_partition_pb2.StartPartitionRequest, _partition_pb2.StartPartitionResponse]  # type: ignore[assignment]
-    """Launches the guest; returns when its door is attached, its NICs are offered and its agent has configured them."""
+    """Launches the guest; returns when its door is attached, its NICs are offered and, in a process partition, its agent
+    has configured them. A virtual machine's kernel boots from then on.
+    """
     StopPartition: _aio.UnaryUnaryMultiCallable[_partition_pb2.StopPartitionRequest, _partition_pb2.StopPartitionResponse]  # type: ignore[assignment]
-    """Asks the guest to end, then ends it. Harmless when it does not run."""
+    """Asks the guest to end (a virtual machine through its shutdown service), then ends it. Harmless when it does not run."""
     DeletePartition: _aio.UnaryUnaryMultiCallable[_partition_pb2.DeletePartitionRequest, _partition_pb2.DeletePartitionResponse]  # type: ignore[assignment]
     """FAILED_PRECONDITION while it runs, unless `force`. Its NICs go with it."""
     Exec: _aio.StreamStreamMultiCallable[_partition_pb2.ExecRequest, _partition_pb2.ExecResponse]  # type: ignore[assignment]
-    """Runs a command inside. The first request starts it; the last response carries how it ended."""
+    """Runs a command inside. The first request starts it; the last response carries how it ended. A virtual machine has
+    no agent to run it: FAILED_PRECONDITION.
+    """
+    Console: _aio.StreamStreamMultiCallable[_partition_pb2.ConsoleRequest, _partition_pb2.ConsoleResponse]  # type: ignore[assignment]
+    """Joins the caller to a virtual machine's serial console, until either side ends. What the console wrote lately comes
+    first. One caller at a time: FAILED_PRECONDITION for a second one, unless it asks to take it over.
+    """
 
 class PartitionServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -98,7 +114,9 @@ class PartitionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _partition_pb2.StartPartitionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_partition_pb2.StartPartitionResponse, _abc.Awaitable[_partition_pb2.StartPartitionResponse]]:
-        """Launches the guest; returns when its door is attached, its NICs are offered and its agent has configured them."""
+        """Launches the guest; returns when its door is attached, its NICs are offered and, in a process partition, its agent
+        has configured them. A virtual machine's kernel boots from then on.
+        """
 
     @_abc_1.abstractmethod
     def StopPartition(
@@ -106,7 +124,7 @@ class PartitionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _partition_pb2.StopPartitionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_partition_pb2.StopPartitionResponse, _abc.Awaitable[_partition_pb2.StopPartitionResponse]]:
-        """Asks the guest to end, then ends it. Harmless when it does not run."""
+        """Asks the guest to end (a virtual machine through its shutdown service), then ends it. Harmless when it does not run."""
 
     @_abc_1.abstractmethod
     def DeletePartition(
@@ -122,6 +140,18 @@ class PartitionServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_partition_pb2.ExecRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_partition_pb2.ExecResponse], _abc.AsyncIterator[_partition_pb2.ExecResponse]]:
-        """Runs a command inside. The first request starts it; the last response carries how it ended."""
+        """Runs a command inside. The first request starts it; the last response carries how it ended. A virtual machine has
+        no agent to run it: FAILED_PRECONDITION.
+        """
+
+    @_abc_1.abstractmethod
+    def Console(
+        self,
+        request_iterator: _MaybeAsyncIterator[_partition_pb2.ConsoleRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_partition_pb2.ConsoleResponse], _abc.AsyncIterator[_partition_pb2.ConsoleResponse]]:
+        """Joins the caller to a virtual machine's serial console, until either side ends. What the console wrote lately comes
+        first. One caller at a time: FAILED_PRECONDITION for a second one, unless it asks to take it over.
+        """
 
 def add_PartitionServiceServicer_to_server(servicer: PartitionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from vswitch_api.v1 import nic_pb2, nic_pb2_grpc, partition_pb2, partition_pb2_grpc
+from vswitchd.consoles import ConsoleJoiner
 from vswitchd.errors import invalid
 from vswitchd.executing import Executor
 from vswitchd.partitions import PartitionManager
@@ -15,11 +16,12 @@ MAX_BATCH = 1000
 
 
 class PartitionServicer(partition_pb2_grpc.PartitionServiceServicer):
-    """Partitions and commands in them."""
+    """Partitions, commands in them, and their consoles."""
 
     def __init__(self, partitions: PartitionManager) -> None:
         self._partitions = partitions
         self._executor = Executor(partitions)
+        self._joiner = ConsoleJoiner(partitions)
 
     async def GetPartition(
         self, request: partition_pb2.GetPartitionRequest, context: Any
@@ -74,6 +76,12 @@ class PartitionServicer(partition_pb2_grpc.PartitionServiceServicer):
         self, requests: AsyncIterator[partition_pb2.ExecRequest], context: Any
     ) -> AsyncIterator[partition_pb2.ExecResponse]:
         async for response in self._executor.stream(requests):
+            yield response
+
+    async def Console(
+        self, requests: AsyncIterator[partition_pb2.ConsoleRequest], context: Any
+    ) -> AsyncIterator[partition_pb2.ConsoleResponse]:
+        async for response in self._joiner.stream(requests):
             yield response
 
 

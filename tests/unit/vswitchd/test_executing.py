@@ -62,7 +62,9 @@ async def test_a_caller_that_goes_away_leaves_no_reader_and_no_writer(
         await asyncio.Event().wait()
 
     monkeypatch.setattr(executing, "CommandStreams", Streams)
-    record = SimpleNamespace(name="partitions/a", running=lambda: SimpleNamespace(exec=run))
+    message = partition_pb2.Partition(name="partitions/a")
+    running = SimpleNamespace(exec=run)
+    record = SimpleNamespace(name=message.name, message=message, running=lambda: running)
     partitions = cast(PartitionManager, SimpleNamespace(find=lambda *_names: record))
     stream = executing.Executor(partitions).stream(requests())
     assert (await anext(stream)).WhichOneof("message") == "started"

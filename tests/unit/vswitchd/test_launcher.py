@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from vswitchd import launcher
-from vswitchd.launcher import GuestProcess, GuestSpec, start_time
+from vswitchd.launcher import Ending, GuestProcess, Launch, cut_log, start_time
 
 
-def spec(directory: Path) -> GuestSpec:
-    return GuestSpec("a", "netns", "python", 3.0, "auto", directory, directory / "a.log")
+def program(text: str, directory: Path, *fds: int) -> Launch:
+    return Launch([sys.executable, "-c", text], {}, fds, directory / "a.log")
 
 
 @pytest.fixture
@@ -33,19 +33,16 @@ def test_a_guest_inherits_nothing_but_what_it_needs(monkeypatch: pytest.MonkeyPa
     assert environment["PYTHONPATH"] == f"{launcher.ROOT}:/opt/packages"
 
 
-async def test_a_launched_guest_holds_its_door_and_its_streams_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_launched_guest_holds_its_door_and_its_streams_alone(tmp_path: Path) -> None:
     listing = (
         "import os; print(sorted(int(fd) for fd in os.listdir('/proc/self/fd') if fd != '3'), os.getsid(0))"
     )
-    monkeypatch.setattr(launcher, "command", lambda spec: [sys.executable, "-c", listing])
     door, other = os.pipe()
     os.set_inheritable(other, True)
-    how: list[str] = []
-    guest = await GuestProcess.launch(spec(tmp_path), door, how.append)
-    assert await guest.ended == "ended with status 0"
-    assert how == ["ended with status 0"]
+    how: list[Ending] = []
+    guest = await GuestProcess.launch(program(listing, tmp_path, door), how.append)
+    assert str(await guest.ended) == "ended with status 0"
+    assert how == [Ending(0)]
     fds, _, session = (tmp_path / "a.log").read_text().rpartition(" ")
     assert {0, 1, 2, door} - {3} == set(map(int, fds.strip("[]").split(","))) - {3}
     assert int(session) == guest.pid
@@ -56,16 +53,17 @@ async def test_a_launched_guest_holds_its_door_and_its_streams_alone(
 async def test_a_log_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "a.log").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="Too many levels"):
-        await GuestProcess.launch(spec(tmp_path), 0, lambda how: None)
+        await GuestProcess.launch(program("", tmp_path), lambda how: None)
     assert not (tmp_path / "elsewhere").exists()
 
 
 async def test_a_guest_is_found_again_by_pid_and_start_time(sleeper: subprocess.Popen[bytes]) -> None:
-    how: list[str] = []
+    how: list[Ending] = []
     found = GuestProcess.find(sleeper.pid, start_time(sleeper.pid), how.append)
     assert found is not None
     found.signal(signal.SIGKILL)
-    assert await found.ended == "ended"
+    assert await found.ended == Ending(None)
+    assert str(Ending(None)) == "ended"
     sleeper.wait()
 
 
@@ -97,3 +95,30 @@ async def test_a_guest_that_ignores_being_asked_is_killed() -> None:
     assert guest is not None
     await guest.end(0.0)
     assert await child.wait() == -signal.SIGKILL
+
+
+async def test_a_keeper_s_note_tells_how_a_guest_of_an_earlier_daemon_ended(
+    tmp_path: Path, sleeper: subprocess.Popen[bytes]
+) -> None:
+    note = tmp_path / "exit"
+    found = GuestProcess.find(sleeper.pid, start_time(sleeper.pid), lambda how: None, note)
+    assert found is not None
+    note.write_text("3\n")
+    sleeper.kill()
+    assert str(await found.ended) == "ended with status 3"
+    sleeper.wait()
+    assert str(Ending(-9)) == "was killed by SIGKILL"
+
+
+def test_a_log_is_cut_from_its_beginning_and_written_on(tmp_path: Path) -> None:
+    path = tmp_path / "a.log"
+    with path.open("ab", buffering=0) as log:
+        log.write(b"0123456789" * 100)
+        assert not cut_log(path, 1000, 10)
+        log.write(b"end")
+        assert cut_log(path, 1000, 10)
+        log.write(b" and on")
+    assert path.read_bytes().splitlines()[-1] == b"3456789end and on"
+    assert path.read_bytes().startswith(b"[the beginning was cut")
+    (tmp_path / "link").symlink_to(path)
+    assert not cut_log(tmp_path / "link", 1, 1)

@@ -1,0 +1,195 @@
+"""Virtual machines: the VMM (`vswitch-vmm`) behind the door, its console, and what its guest tells of
+itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from hypervisor import Partition
+from vswitch_api.v1 import nic_pb2, partition_pb2
+from vswitch_native import vmm
+from vswitchd.console import Console
+from vswitchd.core import Core
+from vswitchd.errors import ApiError, invalid, precondition
+from vswitchd.kinds import command_line, images
+from vswitchd.kinds.images import ImageProblem
+from vswitchd.kinds.limits import checked_grace
+from vswitchd.launcher import Ending, Launch, environment
+from vswitchd.resources import check_id
+
+DEFAULT_MEMORY = 256 << 20
+MEMORY_RANGE = range(16 << 20, (64 << 30) + 1)
+MAX_HOST_CPUS = 4096
+
+# Exit statuses of the VMM.
+POWERED_OFF, REFUSED, CRASHED, GRACE_OVER = 0, 1, 3, 4
+
+
+def check(core: Core, partition_id: str, wanted: partition_pb2.KvmSpec) -> partition_pb2.KvmSpec:
+    """The specification complete with defaults; its files must be there now already. INVALID_ARGUMENT."""
+    spec = partition_pb2.KvmSpec()
+    spec.CopyFrom(wanted)
+    if not spec.kernel:
+        raise invalid("partition.kvm.kernel", "missing", f"give {images.BZIMAGE}")
+    for field, path, opener in (
+        ("kernel", spec.kernel, images.open_kernel),
+        ("initrd", spec.initrd, images.open_initrd),
+    ):
+        if path:
+            try:
+                os.close(opener(path))
+            except ImageProblem as problem:
+                raise invalid(f"partition.kvm.{field}", str(problem), problem.remedy) from None
+    wrong = command_line.problem(spec.cmdline)
+    if wrong:
+        raise invalid("partition.kvm.cmdline", wrong)
+    spec.hostname = check_id("partition.kvm.hostname", spec.hostname or partition_id)
+    cpus = sorted(set(spec.host_cpus))
+    missing = [cpu for cpu in cpus if cpu not in os.sched_getaffinity(0)]
+    if missing:
+        there = ",".join(map(str, sorted(os.sched_getaffinity(0))[:MAX_HOST_CPUS]))
+        raise invalid(
+            "partition.kvm.host_cpus", f"the daemon may not run on CPU {missing[0]}", f"choose of {there}"
+        )
+    del spec.host_cpus[:]
+    spec.host_cpus.extend(cpus)
+    grace = checked_grace("partition.kvm.grace", wanted.grace if wanted.HasField("grace") else None)
+    spec.grace.CopyFrom(grace)
+    return spec
+
+
+class KvmGuest:
+    """The guest's side of a virtual machine."""
+
+    stop_seconds = 20.0
+    end_seconds = 5.0
+
+    def __init__(self, core: Core, message: partition_pb2.Partition, changed: Callable[[str], None]) -> None:
+        self._core = core
+        self._message = message
+        self._changed = changed
+        self.console = Console()
+
+    # --- the start ------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def launch(
+        self, partition: Partition, door: int, nics: Sequence[nic_pb2.Nic]
+    ) -> AsyncIterator[Launch]:
+        program = await asyncio.to_thread(vmm.find)
+        if program is None:
+            raise precondition(
+                self._message.name,
+                f"{self._message.name} needs a virtual machine monitor: {vmm.why()}",
+                reason="NO_VMM",
+                remedy="`vswitch doctor` says what this machine lacks for virtual machines",
+            )
+        spec = self._message.kvm
+        line = self._command_line(nics)
+        status_path = self.status_path(partition.id)
+        with contextlib.ExitStack() as held:
+
+            def hold(fd: int) -> int:
+                held.callback(os.close, fd)
+                return fd
+
+            kernel, initrd = await asyncio.to_thread(self._open_images)
+            hold(kernel)
+            self.console = Console(self._console_path(partition.id))
+            console = hold(self.console.listen())
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+            status = hold(os.open(status_path, flags, 0o600))
+            argv = [sys.executable, "-P", "-m", "vswitch_confine.enclosure"]
+            argv += ["--cover", str(self._core.config.run_dir.root), "--status-fd", str(status), "--"]
+            argv += [str(program), "--name", partition.name, "--kernel-fd", str(kernel)]
+            if initrd >= 0:
+                argv += ["--initrd-fd", str(hold(initrd))]
+            argv += ["--cmdline", line, "--console-fd", str(console)]
+            argv += ["--grace", f"{spec.grace.ToTimedelta().total_seconds():g}"]
+            if spec.host_cpus:
+                argv += ["--host-cpus", ",".join(map(str, spec.host_cpus))]
+            fds = (door, kernel, console, status, *((initrd,) if initrd >= 0 else ()))
+            self._message.ClearField("guest")
+            self._message.guest.boots = 1
+            yield Launch(argv, environment(door), fds, Path(self._message.log_path), status_path)
+
+    def _command_line(self, nics: Sequence[nic_pb2.Nic]) -> str:
+        line = command_line.build(self._message.kvm.cmdline, self._message.kvm.hostname, nics)
+        wrong = command_line.problem(line)
+        if wrong:
+            raise self._refused(
+                f"its command line, with host name and NICs added, does not fit: {wrong}",
+                "shorten it, or give its NICs fewer addresses",
+            )
+        return line
+
+    def _open_images(self) -> tuple[int, int]:
+        """Kernel and RAM disk, -1 for none."""
+        spec = self._message.kvm
+        held: list[int] = []
+        try:
+            held.append(images.open_kernel(spec.kernel))
+            if spec.initrd:
+                held.append(images.open_initrd(spec.initrd))
+            total = sum(map(images.size_of, held))
+            memory = self._message.memory_bytes
+            if total >= memory:
+                raise ImageProblem(
+                    f"kernel and initrd have {total >> 20} MiB and its memory {memory >> 20} MiB",
+                    "give it more memory (--memory)",
+                )
+        except BaseException as error:
+            for fd in held:
+                os.close(fd)
+            if isinstance(error, ImageProblem):
+                raise self._refused(str(error), error.remedy) from None
+            raise
+        return held[0], held[1] if spec.initrd else -1
+
+    def _refused(self, why: str, remedy: str) -> ApiError:
+        name = self._message.name
+        return precondition(name, f"{name} cannot start: {why}", reason="CANNOT_BOOT", remedy=remedy)
+
+    def _console_path(self, partition_id: int) -> Path:
+        return self._core.config.run_dir.consoles / f"{partition_id}.sock"
+
+    def status_path(self, partition_id: int) -> Path:
+        return self._core.config.run_dir.consoles / f"{partition_id}.exit"
+
+    # --- the run --------------------------------------------------------------------------------------------
+
+    async def offer(self, partition: Partition) -> None:
+        self.console = Console(self._console_path(partition.id))
+
+    async def configure(self, partition: Partition, nics: Sequence[nic_pb2.Nic]) -> None:
+        """Nothing: a stock kernel has its command line, and its NICs speak for themselves."""
+
+    async def ask_to_end(self, partition: Partition, seconds: float) -> None:
+        await partition.shutdown(seconds)
+
+    def verdict(self, ending: Ending) -> tuple[partition_pb2.PartitionState.ValueType, str]:
+        if ending.code == POWERED_OFF:
+            return partition_pb2.PARTITION_STATE_STOPPED, "the guest powered off"
+        if ending.code == CRASHED:
+            why = "the guest crashed; its last words are in its log"
+        elif ending.code == GRACE_OVER:
+            why = "the guest ended: no daemon had come back to it in time"
+        else:
+            why = f"its virtual machine monitor {ending}"
+        return partition_pb2.PARTITION_STATE_FAILED, why
+
+    def describe(self, message: partition_pb2.Partition) -> None:
+        """Nothing beyond what is kept in the message."""
+
+    def clear(self, partition_id: int) -> None:
+        self.console.close("the guest has ended")
+        for path in (self._console_path(partition_id), self.status_path(partition_id)):
+            path.unlink(missing_ok=True)
+        self.console = Console()
