@@ -85,6 +85,8 @@ class Partition:
         self.state = PartitionState.CREATED
         self.on_detached: list[Callable[[str], None]] = []
         """Called with the reason when the guest died or its door broke, after its channels were closed."""
+        self.on_reset: list[Callable[[], None]] = []
+        """Called when the guest starts anew, after its channels were closed."""
         self.on_changed: list[Callable[[], None]] = []
         """Called when `save()` would give something else.
 

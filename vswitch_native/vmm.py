@@ -1,4 +1,6 @@
-"""Where the virtual machine monitor is: the program `vswitch-vmm`, built from `native/vmm`."""
+"""Where the VMM's program is: built beside the native module, installed with vswitch's scripts, or named by
+VSWITCH_VMM.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +8,30 @@ import os
 import sysconfig
 from pathlib import Path
 
-__all__ = ["PROGRAM", "VARIABLE", "find", "why"]
+__all__ = ["find", "why"]
 
-PROGRAM = "vswitch-vmm"
+NAME = "vswitch-vmm"
 VARIABLE = "VSWITCH_VMM"
 
 
 def find() -> Path | None:
-    """The program: what VSWITCH_VMM names, else the one beside the native module, else the one that a
-    wheel put beside Python's other programs.
-    """
+    """The program, or None; `why()` says what is to be done then."""
     named = os.environ.get(VARIABLE)
     if named:
-        return Path(named) if _is_program(Path(named)) else None
-    scripts = sysconfig.get_path("scripts")
-    for place in (Path(__file__).resolve().parent, *([Path(scripts)] if scripts else [])):
-        if _is_program(place / PROGRAM):
-            return place / PROGRAM
-    return None
+        return _program(Path(named))
+    places = (Path(__file__).resolve().parent, Path(sysconfig.get_path("scripts")))
+    return next((found for place in places if (found := _program(place / NAME))), None)
 
 
 def why() -> str:
-    """Why there is none, with the remedy; an empty text when there is one."""
+    """Why there is no program, with the remedy; empty when there is one."""
     if find() is not None:
         return ""
     named = os.environ.get(VARIABLE)
     if named:
-        return f"{VARIABLE} names {named}, which is not a program with an absolute path; unset it"
-    return f"{PROGRAM} is not built; install cargo and run `make native`, or install a wheel"
+        return f"{VARIABLE} names {named}, which is no program"
+    return f"{NAME} is not built; install cargo and run `make native`, or install a wheel"
 
 
-def _is_program(path: Path) -> bool:
-    return path.is_absolute() and path.is_file() and os.access(path, os.X_OK)
+def _program(path: Path) -> Path | None:
+    return path if path.is_file() and os.access(path, os.X_OK) else None

@@ -118,6 +118,7 @@ class AsyncClient:
     set_partition_hosts = _Method(calls.set_partition_hosts)
     start_partition = _Method(calls.start_partition)
     stop_partition = _Method(calls.stop_partition)
+    sync_partition_time = _Method(calls.sync_partition_time)
     delete_partition = _Method(calls.delete_partition)
     get_extension = _Method(calls.get_extension)
     list_extensions = _ListMethod(calls.list_extensions)

@@ -410,6 +410,16 @@ def stop_partition(name: str, *, timeout: float | None = None) -> Call[partition
     )
 
 
+def sync_partition_time(name: str) -> Call[None]:
+    """Sets a virtual machine's clock to the host's."""
+    return Call(
+        "PartitionService/SyncPartitionTime",
+        partition_pb2.SyncPartitionTimeRequest(name=names.partition(name)),
+        partition_pb2.SyncPartitionTimeResponse,
+        _nothing,
+    )
+
+
 def delete_partition(name: str, *, force: bool = False) -> Call[None]:
     """`force` stops it first. Its NICs go with it."""
     return Call(

@@ -38,7 +38,7 @@ METHOD_ROLES: Mapping[str, Role] = {
             "SwitchService": "FlushFlows",
             "PortService": "UpdatePort InjectFrames PortIo",
             "NicService": "UpdateNic",
-            "PartitionService": "UpdatePartition StartPartition StopPartition Exec Console",
+            "PartitionService": "UpdatePartition StartPartition StopPartition SyncPartitionTime Exec Console",
             "ExtensionService": "UpdateExtension",
             "CaptureService": "Capture DeleteCapture",
         },

@@ -47,7 +47,7 @@ class ConsoleJoiner:
 
 
 async def _join(record: PartitionRecord, *, take_over: bool) -> ConsoleLink:
-    side = require_kvm(record.message, record.side)
+    side = require_kvm(record.message, record.side, "console")
     record.running()
     try:
         return await side.console.join(take_over=take_over)

@@ -93,7 +93,15 @@ class GuestProcess:
     @classmethod
     async def launch(cls, what: Launch, on_exit: Callable[[Ending], None]) -> GuestProcess:
         """Starts a guest. OSError when its program cannot be started."""
-        child = await asyncio.to_thread(_spawn, what)
+        spawning = asyncio.ensure_future(asyncio.to_thread(_spawn, what))
+        try:
+            child = await asyncio.shield(spawning)
+        except asyncio.CancelledError:
+            # The thread goes on: until it is done the descriptors must stay what they are.
+            child = await spawning
+            child.kill()
+            await asyncio.to_thread(child.wait)
+            raise
         guest = cls(child.pid, os.pidfd_open(child.pid), start_time(child.pid), on_exit, what.status_path)
         guest._child = child
         return guest
@@ -127,14 +135,17 @@ class GuestProcess:
             except ProcessLookupError:
                 return
 
-    async def end(self, patience: float) -> None:
-        """Waits `patience` seconds for it to end by itself, then asks (SIGTERM), then kills it."""
+    async def end(self, patience: float) -> bool:
+        """Waits `patience` seconds for it to end by itself, then asks (SIGTERM), then kills it; True when it
+        did by itself.
+        """
         for number, seconds in ((None, patience), (signal.SIGTERM, 1.0), (signal.SIGKILL, 10.0)):
             if number is not None:
                 self.signal(number)
             done, _ = await asyncio.wait([self.ended], timeout=seconds)
             if done:
-                return
+                return number is None
+        return False
 
     def forget(self) -> None:
         """Stops watching; the guest lives on."""

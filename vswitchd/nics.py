@@ -12,7 +12,7 @@ from hypervisor import Offer, Partition
 from netvsp import SyntheticNic
 from vswitch_api.v1 import common_pb2, nic_pb2
 from vswitchd.core import Core, now
-from vswitchd.errors import already_exists, exhausted, invalid, not_found
+from vswitchd.errors import ApiError, already_exists, exhausted, invalid, not_found
 from vswitchd.resources import (
     NIC_ID,
     check_address,
@@ -175,8 +175,12 @@ class NicWorkshop:
             message = nic_pb2.Nic.FromString(row.body)
             if not message.name.startswith(f"{partition}/"):
                 continue
-            port = self._switches.find_port(message.port, "nic.port")
-            self._switches.claim(port, message.name)
+            try:
+                port = self._switches.find_port(message.port, "nic.port")
+                self._switches.claim(port, message.name)
+            except ApiError as error:
+                self._core.hub.event("nic_lost", message.name, error.message)
+                continue
             records.append(NicRecord(message, port))
         return iter(records)
 
@@ -192,9 +196,9 @@ def interface_config(message: nic_pb2.Nic) -> dict[str, object]:
     }
 
 
-def require(records: dict[str, NicRecord], name: str) -> NicRecord:
-    """The NIC of this name among a partition's."""
+def require(records: dict[str, NicRecord], name: str, same: NicRecord | None = None) -> NicRecord:
+    """The NIC of this name among a partition's; the `same` one where it may have been replaced meanwhile."""
     record = records.get(name.rpartition("/")[2])
-    if record is None:
+    if record is None or (same is not None and record is not same):
         raise not_found(name, "see `vswitch nic list`")
     return record

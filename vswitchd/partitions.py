@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,15 @@ class PartitionRecord:
     def id(self) -> str:
         return self.message.name.rpartition("/")[2]
 
-    def describe(self) -> partition_pb2.Partition:
+    def describe(self, *, whole: bool = False) -> partition_pb2.Partition:
+        """As callers see it; the `whole` has everything that its guest tells of itself."""
         message = partition_pb2.Partition()
         message.CopyFrom(self.message)
         message.nics.extend(sorted(nic.name for nic in self.nics.values()))
         if self.guest is not None:
             message.pid = self.guest.pid
             message.agent_pid = agent_pid(self.guest.pid)
-            self.side.describe(message)
+            self.side.describe(message, whole=whole)
         return message
 
     def nic_messages(self) -> list[nic_pb2.Nic]:
@@ -139,6 +141,14 @@ class PartitionManager:
             for nic in record.nics.values():
                 yield nic.describe()
 
+    @asynccontextmanager
+    async def _held(self, record: PartitionRecord) -> AsyncIterator[None]:
+        """The record's lock; NOT_FOUND when the partition was deleted while it was waited for."""
+        async with record.lock:
+            if self.records.get(record.id) is not record:
+                raise not_found(record.name, "see `vswitch partition list`")
+            yield
+
     # --- partitions -----------------------------------------------------------------------------------------
 
     async def create(self, request: partition_pb2.CreatePartitionRequest) -> PartitionRecord:
@@ -163,7 +173,7 @@ class PartitionManager:
                 self._core.hub.modified(record.describe())
                 self._save_soon(record)
 
-        return PartitionRecord(message, kinds.side_of(self._core, message, changed))
+        return PartitionRecord(message, kinds.side_of(self._core, message, self._hypervisor.clock, changed))
 
     async def _checked(self, request: partition_pb2.CreatePartitionRequest) -> partition_pb2.Partition:
         partition_id = check_id("partition_id", request.partition_id)
@@ -185,7 +195,7 @@ class PartitionManager:
         check_hosts("partition.process.hosts", request.partition.process)
         if record.message.WhichOneof("spec") != "process":
             raise kinds.no_agent(record.message)
-        async with record.lock:
+        async with self._held(record):
             record.message.process.ClearField("hosts")
             record.message.process.MergeFrom(partition_pb2.ProcessSpec(hosts=request.partition.process.hosts))
             if record.message.state == RUNS:
@@ -196,7 +206,7 @@ class PartitionManager:
 
     async def delete(self, name: str, *, force: bool) -> None:
         record = self.find(name)
-        async with record.lock:
+        async with self._held(record):
             if record.guest is not None:
                 if not force:
                     raise precondition(
@@ -216,7 +226,7 @@ class PartitionManager:
 
     async def start(self, name: str) -> PartitionRecord:
         record = self.find(name)
-        async with record.lock:
+        async with self._held(record):
             if record.message.state == RUNS:
                 return record
             self._set_state(record, partition_pb2.PARTITION_STATE_STARTING, "")
@@ -274,12 +284,19 @@ class PartitionManager:
         await attaching
         await record.side.configure(partition, record.nic_messages())
 
+    async def sync_time(self, name: str) -> None:
+        """Sets the clock of a virtual machine."""
+        record = self.find(name)
+        side = kinds.require_kvm(record.message, record.side, "clock of its own")
+        record.running()
+        await side.sync_time()
+
     async def stop(self, name: str, seconds: float | None) -> PartitionRecord:
         record = self.find(name)
         patience = record.side.stop_seconds if seconds is None else seconds
         if not 0.0 <= patience <= MAX_STOP_SECONDS:
             raise invalid("timeout", f"{patience:g} s is not within 0 to {MAX_STOP_SECONDS:g} s")
-        async with record.lock:
+        async with self._held(record):
             if record.guest is not None or record.partition is not None:
                 self._set_state(record, partition_pb2.PARTITION_STATE_STOPPING, "")
                 await self._stop(record, patience, STOPPED, "")
@@ -294,22 +311,27 @@ class PartitionManager:
     ) -> None:
         """Ends the guest and takes the partition apart. The caller holds the record's lock."""
         partition, guest = record.partition, record.guest
+        refused = ""
         if partition is not None and guest is not None and not guest.ended.done() and patience > 0:
             try:
                 await record.side.ask_to_end(partition, patience)
             except Exception as error:
                 log.info("shutdown_refused", extra={"resource": record.name, "error": str(error)})
+                refused = f"it was ended without its own doing: {error or type(error).__name__}"
         if guest is not None:
-            await guest.end(patience)
+            if not await guest.end(patience):
+                refused = refused or f"it was ended after {patience:g} s in which it did not end by itself"
             guest.forget()
+        if state == STOPPED and patience > 0:
+            detail = detail or refused
         record.guest = None
         for nic in record.nics.values():
             nic.offer = None
             nic.device = None
         record.partition = None
         if partition is not None:
+            await record.side.clear(partition.id)
             await partition.delete()
-            record.side.clear(partition.id)
         record.message.partition_id = 0
         self._set_state(record, state, detail)
         await self._save(record)
@@ -321,7 +343,7 @@ class PartitionManager:
     async def create_nic(self, request: nic_pb2.CreateNicRequest, at: str = "") -> NicRecord:
         record = self.find(request.parent, f"{at}parent")
         message = self._workshop.check(at, request, record.name)
-        async with record.lock:
+        async with self._held(record):
             nic = await self._workshop.create(message, record.nics, create_port=request.create_port)
             if record.message.state == RUNS:
                 partition = record.running()
@@ -345,13 +367,15 @@ class PartitionManager:
 
     async def update_nic(self, request: nic_pb2.UpdateNicRequest) -> NicRecord:
         record, nic = self.find_nic(request.nic.name, "nic.name")
-        async with record.lock:
+        async with self._held(record):
+            require(record.nics, nic.name, nic)
             await self._workshop.set_link(nic, request)
         return nic
 
     async def delete_nic(self, name: str) -> None:
         record, nic = self.find_nic(name)
-        async with record.lock:
+        async with self._held(record):
+            require(record.nics, nic.name, nic)
             await self._workshop.rescind(nic, record.partition)
             await self._workshop.delete(nic, record.nics)
             if record.message.state == RUNS:

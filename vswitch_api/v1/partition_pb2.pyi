@@ -294,6 +294,26 @@ class GuestInfo(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class ServicesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     BOOTS_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_TIME_FIELD_NUMBER: _builtins.int
@@ -301,6 +321,7 @@ class GuestInfo(_message.Message):
     HOSTNAME_FIELD_NUMBER: _builtins.int
     ADDRESSES_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
+    SERVICES_FIELD_NUMBER: _builtins.int
     boots: _builtins.int
     """How often it has booted since StartPartition: 1, and one more for each reboot."""
     heartbeat: Global___HeartbeatState.ValueType
@@ -315,7 +336,11 @@ class GuestInfo(_message.Message):
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def values(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Every key and value that it exchanged, at most 64."""
+        """Keys and values that it exchanged, at most 64. In answers of GetPartition only."""
+
+    @_builtins.property
+    def services(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Integration services whose drivers are there, and their versions: "shutdown" -> "3.2"."""
 
     def __init__(
         self,
@@ -327,10 +352,11 @@ class GuestInfo(_message.Message):
         hostname: _builtins.str = ...,
         addresses: _abc.Iterable[_builtins.str] | None = ...,
         values: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        services: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat_time", b"heartbeat_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "boots", b"boots", "heartbeat", b"heartbeat", "heartbeat_time", b"heartbeat_time", "hostname", b"hostname", "os", b"os", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "boots", b"boots", "heartbeat", b"heartbeat", "heartbeat_time", b"heartbeat_time", "hostname", b"hostname", "os", b"os", "services", b"services", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -714,6 +740,40 @@ class DeletePartitionResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeletePartitionResponse: _TypeAlias = DeletePartitionResponse  # noqa: Y015
+
+@_typing.final
+class SyncPartitionTimeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SyncPartitionTimeRequest: _TypeAlias = SyncPartitionTimeRequest  # noqa: Y015
+
+@_typing.final
+class SyncPartitionTimeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SyncPartitionTimeResponse: _TypeAlias = SyncPartitionTimeResponse  # noqa: Y015
 
 @_typing.final
 class TerminalSize(_message.Message):

@@ -74,6 +74,11 @@ class PartitionServiceStub:
                 request_serializer=vswitch_dot_v1_dot_partition__pb2.ExecRequest.SerializeToString,
                 response_deserializer=vswitch_dot_v1_dot_partition__pb2.ExecResponse.FromString,
                 _registered_method=True)
+        self.SyncPartitionTime = channel.unary_unary(
+                '/vswitch.v1.PartitionService/SyncPartitionTime',
+                request_serializer=vswitch_dot_v1_dot_partition__pb2.SyncPartitionTimeRequest.SerializeToString,
+                response_deserializer=vswitch_dot_v1_dot_partition__pb2.SyncPartitionTimeResponse.FromString,
+                _registered_method=True)
         self.Console = channel.stream_stream(
                 '/vswitch.v1.PartitionService/Console',
                 request_serializer=vswitch_dot_v1_dot_partition__pb2.ConsoleRequest.SerializeToString,
@@ -139,6 +144,13 @@ class PartitionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SyncPartitionTime(self, request, context):
+        """Sets the clock of a virtual machine to the host's, through its time service. FAILED_PRECONDITION without one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Console(self, request_iterator, context):
         """Joins the caller to a virtual machine's serial console, until either side ends. What the console wrote lately comes
         first. One caller at a time: FAILED_PRECONDITION for a second one, unless it asks to take it over.
@@ -189,6 +201,11 @@ def add_PartitionServiceServicer_to_server(servicer, server):
                     servicer.Exec,
                     request_deserializer=vswitch_dot_v1_dot_partition__pb2.ExecRequest.FromString,
                     response_serializer=vswitch_dot_v1_dot_partition__pb2.ExecResponse.SerializeToString,
+            ),
+            'SyncPartitionTime': grpc.unary_unary_rpc_method_handler(
+                    servicer.SyncPartitionTime,
+                    request_deserializer=vswitch_dot_v1_dot_partition__pb2.SyncPartitionTimeRequest.FromString,
+                    response_serializer=vswitch_dot_v1_dot_partition__pb2.SyncPartitionTimeResponse.SerializeToString,
             ),
             'Console': grpc.stream_stream_rpc_method_handler(
                     servicer.Console,
@@ -412,6 +429,33 @@ class PartitionService:
             '/vswitch.v1.PartitionService/Exec',
             vswitch_dot_v1_dot_partition__pb2.ExecRequest.SerializeToString,
             vswitch_dot_v1_dot_partition__pb2.ExecResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SyncPartitionTime(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vswitch.v1.PartitionService/SyncPartitionTime',
+            vswitch_dot_v1_dot_partition__pb2.SyncPartitionTimeRequest.SerializeToString,
+            vswitch_dot_v1_dot_partition__pb2.SyncPartitionTimeResponse.FromString,
             options,
             channel_credentials,
             insecure,

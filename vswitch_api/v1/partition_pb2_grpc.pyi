@@ -48,6 +48,8 @@ class PartitionServiceStub:
     """Runs a command inside. The first request starts it; the last response carries how it ended. A virtual machine has
     no agent to run it: FAILED_PRECONDITION.
     """
+    SyncPartitionTime: _grpc.UnaryUnaryMultiCallable[_partition_pb2.SyncPartitionTimeRequest, _partition_pb2.SyncPartitionTimeResponse]
+    """Sets the clock of a virtual machine to the host's, through its time service. FAILED_PRECONDITION without one."""
     Console: _grpc.StreamStreamMultiCallable[_partition_pb2.ConsoleRequest, _partition_pb2.ConsoleResponse]
     """Joins the caller to a virtual machine's serial console, until either side ends. What the console wrote lately comes
     first. One caller at a time: FAILED_PRECONDITION for a second one, unless it asks to take it over.
@@ -73,6 +75,8 @@ class PartitionServiceAsyncStub(PartitionServiceStub):
     """Runs a command inside. The first request starts it; the last response carries how it ended. A virtual machine has
     no agent to run it: FAILED_PRECONDITION.
     """
+    SyncPartitionTime: _aio.UnaryUnaryMultiCallable[_partition_pb2.SyncPartitionTimeRequest, _partition_pb2.SyncPartitionTimeResponse]  # type: ignore[assignment]
+    """Sets the clock of a virtual machine to the host's, through its time service. FAILED_PRECONDITION without one."""
     Console: _aio.StreamStreamMultiCallable[_partition_pb2.ConsoleRequest, _partition_pb2.ConsoleResponse]  # type: ignore[assignment]
     """Joins the caller to a virtual machine's serial console, until either side ends. What the console wrote lately comes
     first. One caller at a time: FAILED_PRECONDITION for a second one, unless it asks to take it over.
@@ -143,6 +147,14 @@ class PartitionServiceServicer(metaclass=_abc_1.ABCMeta):
         """Runs a command inside. The first request starts it; the last response carries how it ended. A virtual machine has
         no agent to run it: FAILED_PRECONDITION.
         """
+
+    @_abc_1.abstractmethod
+    def SyncPartitionTime(
+        self,
+        request: _partition_pb2.SyncPartitionTimeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_partition_pb2.SyncPartitionTimeResponse, _abc.Awaitable[_partition_pb2.SyncPartitionTimeResponse]]:
+        """Sets the clock of a virtual machine to the host's, through its time service. FAILED_PRECONDITION without one."""
 
     @_abc_1.abstractmethod
     def Console(

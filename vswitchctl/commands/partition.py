@@ -80,6 +80,9 @@ VM_DETAILS: Columns = {
     "guest os": lambda partition: partition.guest.os,
     "guest hostname": lambda partition: partition.guest.hostname,
     "guest addresses": lambda partition: list(partition.guest.addresses),
+    "services": lambda partition: [
+        f"{name} {version}" for name, version in sorted(partition.guest.services.items())
+    ],
 }
 
 
@@ -226,6 +229,13 @@ def exec_(
             return await terminal.run(client, name, command, variables)
 
     raise typer.Exit(asyncio.run(run()))
+
+
+@app.command("sync-time")
+def sync_time(name: Name, show_rpc: ShowRpc = False) -> None:
+    """Set a virtual machine's clock to the host's now."""
+    with session.client(show_rpc) as client:
+        client.sync_partition_time(name)
 
 
 @app.command()

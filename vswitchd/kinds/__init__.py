@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hypervisor import Partition
+from hypervisor.clock import Clock
 from vswitch_api.v1 import nic_pb2, partition_pb2
 from vswitchd.core import Core
 from vswitchd.errors import ApiError, invalid, precondition
@@ -55,24 +56,26 @@ class GuestSide(Protocol):
         """Tells a running guest its names and addresses, where that goes through the door."""
 
     async def ask_to_end(self, partition: Partition, seconds: float) -> None:
-        """Asks it to end within `seconds`; any exception means that it was not asked."""
+        """Asks it to end within `seconds`; an exception says why it could not be asked."""
 
     def verdict(self, ending: Ending) -> Verdict:
         """State and words for a guest that ended without being told to."""
 
-    def describe(self, message: partition_pb2.Partition) -> None:
-        """Fills in what only the running guest's side knows."""
+    def describe(self, message: partition_pb2.Partition, *, whole: bool) -> None:
+        """Fills in what only the running guest's side knows; long things where the `whole` is asked for."""
 
-    def clear(self, partition_id: int) -> None:
+    async def clear(self, partition_id: int) -> None:
         """The guest has ended: forgets what was its run's."""
 
 
-def side_of(core: Core, message: partition_pb2.Partition, changed: Callable[[str], None]) -> GuestSide:
+def side_of(
+    core: Core, message: partition_pb2.Partition, clock: Clock, changed: Callable[[str], None]
+) -> GuestSide:
     """The guest's side of a partition. `changed` is told when what it describes has; its argument names
     an event for watchers, or is empty.
     """
     if message.WhichOneof("spec") == "kvm":
-        return kvm.KvmGuest(core, message, changed)
+        return kvm.KvmGuest(core, message, clock, changed)
     return process.ProcessGuest(core, message)
 
 
@@ -110,14 +113,14 @@ def no_agent(message: partition_pb2.Partition) -> ApiError:
     )
 
 
-def require_kvm(message: partition_pb2.Partition, side: GuestSide) -> kvm.KvmGuest:
-    """The side of a virtual machine; FAILED_PRECONDITION for another kind."""
+def require_kvm(message: partition_pb2.Partition, side: GuestSide, what: str) -> kvm.KvmGuest:
+    """The side of a virtual machine; FAILED_PRECONDITION for another kind, which lacks `what`."""
     if isinstance(side, kvm.KvmGuest):
         return side
     leaf = message.name.rpartition("/")[2]
     raise precondition(
         message.name,
-        f"{message.name} is a process partition: it has no console",
-        reason="NO_CONSOLE",
-        remedy=f"run a shell in it: `vswitch partition exec {leaf} -- sh`",
+        f"{message.name} is a process partition: it has no {what}",
+        reason="NOT_A_VIRTUAL_MACHINE",
+        remedy=f"run commands in it: `vswitch partition exec {leaf} -- sh`",
     )

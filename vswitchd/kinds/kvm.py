@@ -10,9 +10,12 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from itertools import islice
 from pathlib import Path
 
 from hypervisor import Partition
+from hypervisor.clock import Clock
+from hypervisor.integration import HeartbeatState, IntegrationError, IntegrationServices
 from vswitch_api.v1 import nic_pb2, partition_pb2
 from vswitch_native import vmm
 from vswitchd.console import Console
@@ -27,6 +30,17 @@ from vswitchd.resources import check_id
 DEFAULT_MEMORY = 256 << 20
 MEMORY_RANGE = range(16 << 20, (64 << 30) + 1)
 MAX_HOST_CPUS = 4096
+
+ANSWER_SECONDS = 10.0
+"""How long a guest's kernel may take to agree to a shutdown."""
+TELL_SECONDS = 0.5
+MAX_VALUES = 64
+MAX_TEXT = 512
+HEARTBEATS = {
+    HeartbeatState.UNKNOWN: partition_pb2.HEARTBEAT_STATE_UNSPECIFIED,
+    HeartbeatState.OK: partition_pb2.HEARTBEAT_STATE_OK,
+    HeartbeatState.LOST: partition_pb2.HEARTBEAT_STATE_LOST,
+}
 
 # Exit statuses of the VMM.
 POWERED_OFF, REFUSED, CRASHED, GRACE_OVER = 0, 1, 3, 4
@@ -71,10 +85,19 @@ class KvmGuest:
     stop_seconds = 20.0
     end_seconds = 5.0
 
-    def __init__(self, core: Core, message: partition_pb2.Partition, changed: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        core: Core,
+        message: partition_pb2.Partition,
+        clock: Clock,
+        changed: Callable[[str], None],
+    ) -> None:
         self._core = core
         self._message = message
+        self._clock = clock
         self._changed = changed
+        self._telling: asyncio.TimerHandle | None = None
+        self._services: IntegrationServices | None = None
         self.console = Console()
 
     # --- the start ------------------------------------------------------------------------------------------
@@ -108,7 +131,7 @@ class KvmGuest:
             status = hold(os.open(status_path, flags, 0o600))
             argv = [sys.executable, "-P", "-m", "vswitch_confine.enclosure"]
             argv += ["--cover", str(self._core.config.run_dir.root), "--status-fd", str(status), "--"]
-            argv += [str(program), "--name", partition.name, "--kernel-fd", str(kernel)]
+            argv += [str(program.absolute()), "--name", partition.name, "--kernel-fd", str(kernel)]
             if initrd >= 0:
                 argv += ["--initrd-fd", str(hold(initrd))]
             argv += ["--cmdline", line, "--console-fd", str(console)]
@@ -167,12 +190,51 @@ class KvmGuest:
 
     async def offer(self, partition: Partition) -> None:
         self.console = Console(self._console_path(partition.id))
+        partition.on_reset.append(self._rebooted)
+        self._services = IntegrationServices(partition, self._clock)
+        self._services.on_changed.append(self._told)
+        await self._services.offer()
+
+    def _rebooted(self) -> None:
+        self._message.guest.boots += 1
+        self._changed("guest_rebooted")
+
+    def _told(self) -> None:
+        """The guest told something of itself: watchers hear of it, however often it does."""
+        if self._telling is None:
+            self._telling = asyncio.get_running_loop().call_later(TELL_SECONDS, self._tell)
+
+    def _tell(self) -> None:
+        self._telling = None
+        self._changed("")
 
     async def configure(self, partition: Partition, nics: Sequence[nic_pb2.Nic]) -> None:
         """Nothing: a stock kernel has its command line, and its NICs speak for themselves."""
 
     async def ask_to_end(self, partition: Partition, seconds: float) -> None:
-        await partition.shutdown(seconds)
+        """Through its shutdown service, so that its init runs its hooks; else the VMM is told to end."""
+        try:
+            await self._integration().shutdown(seconds=min(seconds, ANSWER_SECONDS))
+        except IntegrationError:
+            await partition.shutdown(min(seconds, ANSWER_SECONDS))
+            raise
+
+    async def sync_time(self) -> None:
+        """Sets the guest's clock. FAILED_PRECONDITION when it has no driver for that."""
+        try:
+            await self._integration().sync_time()
+        except IntegrationError as error:
+            raise precondition(
+                self._message.name,
+                f"{self._message.name}: its clock cannot be set: {error}",
+                reason="NO_TIME_SERVICE",
+                remedy="load hv_utils in the guest",
+            ) from None
+
+    def _integration(self) -> IntegrationServices:
+        if self._services is None:
+            raise IntegrationError("it does not run")
+        return self._services
 
     def verdict(self, ending: Ending) -> tuple[partition_pb2.PartitionState.ValueType, str]:
         if ending.code == POWERED_OFF:
@@ -185,11 +247,30 @@ class KvmGuest:
             why = f"its virtual machine monitor {ending}"
         return partition_pb2.PARTITION_STATE_FAILED, why
 
-    def describe(self, message: partition_pb2.Partition) -> None:
-        """Nothing beyond what is kept in the message."""
+    def describe(self, message: partition_pb2.Partition, *, whole: bool) -> None:
+        services, guest = self._services, message.guest
+        if services is None:
+            return
+        guest.heartbeat = HEARTBEATS[services.heartbeat_state]
+        if services.heartbeat is not None:
+            guest.heartbeat_time.FromDatetime(services.heartbeat)
+        values = {key[:MAX_TEXT]: value[:MAX_TEXT] for key, value in services.guest_info.items()}
+        guest.os = " ".join(filter(None, (values.get("OSName"), values.get("OSVersion"))))
+        guest.hostname = values.get("FullyQualifiedDomainName", "")
+        for key in ("NetworkAddressIPv4", "NetworkAddressIPv6"):
+            guest.addresses.extend(filter(None, values.get(key, "").split(";")))
+        guest.services.update(services.versions)
+        if whole:
+            guest.values.update(islice(values.items(), MAX_VALUES))
 
-    def clear(self, partition_id: int) -> None:
+    async def clear(self, partition_id: int) -> None:
         self.console.close("the guest has ended")
+        self.console = Console()
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
+        services, self._services = self._services, None
+        if services is not None:
+            await services.close()
         for path in (self._console_path(partition_id), self.status_path(partition_id)):
             path.unlink(missing_ok=True)
-        self.console = Console()

@@ -109,8 +109,8 @@ class ProcessGuest:
     def verdict(self, ending: Ending) -> tuple[partition_pb2.PartitionState.ValueType, str]:
         return partition_pb2.PARTITION_STATE_FAILED, f"the guest {ending}"
 
-    def describe(self, message: partition_pb2.Partition) -> None:
+    def describe(self, message: partition_pb2.Partition, *, whole: bool) -> None:
         return
 
-    def clear(self, partition_id: int) -> None:
+    async def clear(self, partition_id: int) -> None:
         return

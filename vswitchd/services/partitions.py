@@ -26,7 +26,8 @@ class PartitionServicer(partition_pb2_grpc.PartitionServiceServicer):
     async def GetPartition(
         self, request: partition_pb2.GetPartitionRequest, context: Any
     ) -> partition_pb2.GetPartitionResponse:
-        return partition_pb2.GetPartitionResponse(partition=self._partitions.find(request.name).describe())
+        record = self._partitions.find(request.name)
+        return partition_pb2.GetPartitionResponse(partition=record.describe(whole=True))
 
     async def ListPartitions(
         self, request: partition_pb2.ListPartitionsRequest, context: Any
@@ -71,6 +72,12 @@ class PartitionServicer(partition_pb2_grpc.PartitionServiceServicer):
     ) -> partition_pb2.DeletePartitionResponse:
         await self._partitions.delete(request.name, force=request.force)
         return partition_pb2.DeletePartitionResponse()
+
+    async def SyncPartitionTime(
+        self, request: partition_pb2.SyncPartitionTimeRequest, context: Any
+    ) -> partition_pb2.SyncPartitionTimeResponse:
+        await self._partitions.sync_time(request.name)
+        return partition_pb2.SyncPartitionTimeResponse()
 
     async def Exec(
         self, requests: AsyncIterator[partition_pb2.ExecRequest], context: Any
