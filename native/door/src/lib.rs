@@ -19,7 +19,7 @@ use vswitch_memory::eventfd;
 use vswitch_wire::door::{DoorMessage, MAX_TEXT};
 
 mod link;
-mod sys;
+pub mod sys;
 
 use link::{End, Link};
 use sys::Epoll;

@@ -252,6 +252,7 @@ fn check(frame: &[u8]) -> Result<(), End> {
             | DoorMessage::MsrRead { .. }
             | DoorMessage::Eom { .. }
             | DoorMessage::Parked
+            | DoorMessage::Reset
             | DoorMessage::Configured { .. }
             | DoorMessage::ExecStarted { .. }
             | DoorMessage::ExecExit { .. } => Ok(()),

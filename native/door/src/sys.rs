@@ -1,10 +1,10 @@
-//! The system calls of the door thread, each behind a safe function.
+//! The system calls of a door, either end of it, each behind a safe function.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 /// Descriptors that one frame may carry at most, either way.
-pub(crate) const MAXIMUM_FDS: usize = 96;
+pub const MAXIMUM_FDS: usize = 96;
 const FD_BYTES: usize = std::mem::size_of::<RawFd>();
 /// Room for one control message of MAXIMUM_FDS descriptors, in u64s for alignment.
 const CONTROL_WORDS: usize = 4 + MAXIMUM_FDS * FD_BYTES / 8;
@@ -17,10 +17,10 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
 }
 
 /// An epoll instance; each fd is registered with a number of the caller's.
-pub(crate) struct Epoll(OwnedFd);
+pub struct Epoll(OwnedFd);
 
 impl Epoll {
-    pub(crate) fn new() -> io::Result<Self> {
+    pub fn new() -> io::Result<Self> {
         // SAFETY: plain values; the result is checked.
         let fd = check(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?;
         // SAFETY: a new fd that nobody else owns.
@@ -44,7 +44,7 @@ impl Epoll {
 
     /// Changes what is waited for on `fd` from `before` to `after`; without any event it is taken out, so that a
     /// hang-up on a door that is not read does not spin.
-    pub(crate) fn update(&self, fd: RawFd, number: u64, before: u32, after: u32) -> io::Result<()> {
+    pub fn update(&self, fd: RawFd, number: u64, before: u32, after: u32) -> io::Result<()> {
         match (before, after) {
             (before, after) if before == after => Ok(()),
             (0, after) => self.control(libc::EPOLL_CTL_ADD, fd, after, number),
@@ -54,7 +54,7 @@ impl Epoll {
     }
 
     /// Waits for events, `timeout` milliseconds at most (-1: without end); (number, events) each.
-    pub(crate) fn wait(&self, into: &mut Vec<(u64, u32)>, timeout: i32) -> io::Result<()> {
+    pub fn wait(&self, into: &mut Vec<(u64, u32)>, timeout: i32) -> io::Result<()> {
         let mut events = [libc::epoll_event { events: 0, u64: 0 }; 64];
         into.clear();
         // SAFETY: the array has as many events as the call is told.
@@ -81,17 +81,17 @@ impl Epoll {
 }
 
 /// What recvmsg gave.
-pub(crate) struct Received {
-    pub(crate) length: usize,
-    pub(crate) fds: Vec<OwnedFd>,
+pub struct Received {
+    pub length: usize,
+    pub fds: Vec<OwnedFd>,
     /// The frame was longer than the buffer.
-    pub(crate) truncated: bool,
+    pub truncated: bool,
     /// Descriptors came that were not expected; the kernel closed them.
-    pub(crate) fds_discarded: bool,
+    pub fds_discarded: bool,
 }
 
 /// One frame and up to `expected` descriptors, without waiting. Length 0 is end of file.
-pub(crate) fn receive(fd: RawFd, buffer: &mut [u8], expected: usize) -> io::Result<Received> {
+pub fn receive(fd: RawFd, buffer: &mut [u8], expected: usize) -> io::Result<Received> {
     let mut control = [0u64; CONTROL_WORDS];
     let mut part = libc::iovec {
         iov_base: buffer.as_mut_ptr().cast(),
@@ -148,7 +148,7 @@ pub(crate) fn receive(fd: RawFd, buffer: &mut [u8], expected: usize) -> io::Resu
 }
 
 /// Sends one frame with descriptors, without waiting and without SIGPIPE.
-pub(crate) fn send(fd: RawFd, frame: &[u8], fds: &[OwnedFd]) -> io::Result<()> {
+pub fn send(fd: RawFd, frame: &[u8], fds: &[OwnedFd]) -> io::Result<()> {
     if fds.len() > MAXIMUM_FDS {
         return Err(io::Error::from(io::ErrorKind::InvalidInput));
     }

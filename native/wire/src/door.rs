@@ -30,6 +30,8 @@ pub const EVENTFD: u16 = 0x22;
 pub const PARK: u16 = 0x30;
 pub const PARKED: u16 = 0x31;
 pub const RESUME: u16 = 0x32;
+pub const RESET: u16 = 0x33;
+pub const RESET_DONE: u16 = 0x34;
 pub const CONFIGURE: u16 = 0x40;
 pub const CONFIGURED: u16 = 0x41;
 pub const EXEC: u16 = 0x42;
@@ -182,6 +184,8 @@ pub enum DoorMessage<'a> {
     Park,
     Parked,
     Resume,
+    Reset,
+    ResetDone,
     Configure {
         document: &'a [u8],
     },
@@ -384,6 +388,8 @@ impl<'a> DoorMessage<'a> {
             PARK => exact("PARK", body, 0).map(|()| Self::Park)?,
             PARKED => exact("PARKED", body, 0).map(|()| Self::Parked)?,
             RESUME => exact("RESUME", body, 0).map(|()| Self::Resume)?,
+            RESET => exact("RESET", body, 0).map(|()| Self::Reset)?,
+            RESET_DONE => exact("RESET_DONE", body, 0).map(|()| Self::ResetDone)?,
             CONFIGURE => Self::Configure { document: body },
             CONFIGURED => Self::Configured {
                 status: word("CONFIGURED", 0)?,
@@ -440,6 +446,8 @@ impl<'a> DoorMessage<'a> {
             Self::Park => PARK,
             Self::Parked => PARKED,
             Self::Resume => RESUME,
+            Self::Reset => RESET,
+            Self::ResetDone => RESET_DONE,
             Self::Configure { .. } => CONFIGURE,
             Self::Configured { .. } => CONFIGURED,
             Self::Exec { .. } => EXEC,
@@ -534,7 +542,12 @@ impl<'a> DoorMessage<'a> {
                 out.put_u32(*connection_id);
                 out.put_u32(u32::from(*add));
             }
-            Self::Park | Self::Parked | Self::Resume | Self::Shutdown => {}
+            Self::Park
+            | Self::Parked
+            | Self::Resume
+            | Self::Reset
+            | Self::ResetDone
+            | Self::Shutdown => {}
             Self::Configure { document } | Self::Exec { document } => {
                 out.extend_from_slice(document)
             }
@@ -639,6 +652,8 @@ impl<'a> DoorMessage<'a> {
             Self::Park => ("Park", vec![]),
             Self::Parked => ("Parked", vec![]),
             Self::Resume => ("Resume", vec![]),
+            Self::Reset => ("Reset", vec![]),
+            Self::ResetDone => ("ResetDone", vec![]),
             Self::Configure { document } => (
                 "Configure",
                 vec![("document", Value::Bytes(document.to_vec()))],

@@ -1,0 +1,216 @@
+//! What the machine's thread and its virtual processors' threads agree on: run, stop, a processor to run, power.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use kvm_ioctls::VcpuFd;
+use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
+
+use crate::devices::Power;
+use crate::error::{Context, Result};
+use crate::kick;
+
+struct Thread {
+    id: libc::pid_t,
+    stopped: bool,
+    ready: bool,
+    /// A processor that the thread shall run from now on.
+    next: Option<VcpuFd>,
+    /// The one it has belongs to a machine that is over.
+    give_up: bool,
+}
+
+struct State {
+    stop: bool,
+    threads: Vec<Thread>,
+    power: VecDeque<Power>,
+    ended: Vec<(u32, u32)>,
+    lines: HashMap<(u32, u32), EventFd>,
+}
+
+/// Shared by all threads of one machine.
+pub struct Control {
+    state: Mutex<State>,
+    changed: Condvar,
+    stop: AtomicBool,
+    wake: EventFd,
+}
+
+impl Control {
+    /// Everything stopped, no processors yet.
+    pub fn new(vp_count: u32) -> Result<Self> {
+        let thread = |_| Thread {
+            id: 0,
+            stopped: false,
+            ready: false,
+            next: None,
+            give_up: false,
+        };
+        Ok(Self {
+            state: Mutex::new(State {
+                stop: true,
+                threads: (0..vp_count).map(thread).collect(),
+                power: VecDeque::new(),
+                ended: Vec::new(),
+                lines: HashMap::new(),
+            }),
+            changed: Condvar::new(),
+            stop: AtomicBool::new(true),
+            wake: EventFd::new(EFD_NONBLOCK).context("threads")?,
+        })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Readable when the machine's thread has something to look at.
+    pub fn event(&self) -> &EventFd {
+        &self.wake
+    }
+
+    // --- virtual processors' threads ---
+
+    /// The calling thread is this virtual processor's, and its sandbox stands.
+    pub fn ready(&self, vp: u32) {
+        if let Some(thread) = self.state().threads.get_mut(vp as usize) {
+            thread.id = kick::this_thread();
+            thread.ready = true;
+        }
+        self.changed.notify_all();
+    }
+
+    /// Whether the machine wants a stop.
+    pub fn stop_wanted(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
+    /// Waits until this processor may run; false when there is no such thread.
+    pub fn wait(&self, vp: u32, vcpu: &mut Option<VcpuFd>) -> bool {
+        let mut state = self.state();
+        loop {
+            let stop = state.stop;
+            let Some(thread) = state.threads.get_mut(vp as usize) else {
+                return false;
+            };
+            if std::mem::take(&mut thread.give_up) {
+                *vcpu = None;
+            }
+            if let Some(next) = thread.next.take() {
+                *vcpu = Some(next);
+            }
+            let was = thread.stopped;
+            thread.stopped = stop || vcpu.is_none();
+            if !thread.stopped {
+                return true;
+            }
+            if !was {
+                let _ = self.wake.write(1);
+            }
+            self.changed.notify_all();
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The guest asked for this; nobody runs it further until the machine has seen to it.
+    pub fn power(&self, power: Power) {
+        let mut state = self.state();
+        state.power.push_back(power);
+        state.stop = true;
+        self.stop.store(true, Ordering::Release);
+        let _ = self.wake.write(1);
+    }
+
+    /// A message was lost with its slot: the host is owed an EOM.
+    pub fn message_ended(&self, vp: u32, sint: u32) {
+        self.state().ended.push((vp, sint));
+        let _ = self.wake.write(1);
+    }
+
+    /// Raises a SINT's interrupt.
+    pub fn raise(&self, vp: u32, sint: u32) {
+        if let Some(line) = self.state().lines.get(&(vp, sint)) {
+            let _ = line.write(1);
+        }
+    }
+
+    // --- the machine's thread ---
+
+    /// Waits until every thread has called `ready`.
+    pub fn wait_ready(&self) {
+        let state = self.state();
+        let missing = |state: &mut State| state.threads.iter().any(|thread| !thread.ready);
+        drop(self.changed.wait_while(state, missing));
+    }
+
+    /// What raises a SINT from now on.
+    pub fn set_line(&self, vp: u32, sint: u32, line: EventFd) {
+        self.state().lines.insert((vp, sint), line);
+    }
+
+    /// Makes a processor look at its slots.
+    pub fn kick(&self, vp: u32) {
+        let state = self.state();
+        if let Some(thread) = state.threads.get(vp as usize).filter(|thread| !thread.stopped) {
+            kick::kick(thread.id);
+        }
+    }
+
+    /// Stops every processor; they have stopped when `stopped` says so.
+    pub fn stop(&self) {
+        let mut state = self.state();
+        state.stop = true;
+        self.stop.store(true, Ordering::Release);
+        for thread in state.threads.iter().filter(|thread| !thread.stopped) {
+            kick::kick(thread.id);
+        }
+    }
+
+    /// Whether nobody runs.
+    pub fn stopped(&self) -> bool {
+        self.state().threads.iter().all(|thread| thread.stopped)
+    }
+
+    /// Lets every processor run.
+    pub fn run(&self) {
+        let mut state = self.state();
+        state.stop = false;
+        self.stop.store(false, Ordering::Release);
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// While stopped: every thread lets go of its processor. Returns when they have.
+    pub fn give_up(&self) {
+        let mut state = self.state();
+        state.lines.clear();
+        for thread in &mut state.threads {
+            thread.give_up = true;
+        }
+        self.changed.notify_all();
+        let held = |state: &mut State| state.threads.iter().any(|thread| thread.give_up);
+        drop(self.changed.wait_while(state, held));
+    }
+
+    /// While stopped: the processors to run next, in their order.
+    pub fn hand_out(&self, vcpus: Vec<VcpuFd>) {
+        let mut state = self.state();
+        for (thread, vcpu) in state.threads.iter_mut().zip(vcpus) {
+            thread.next = Some(vcpu);
+        }
+    }
+
+    /// What the guest asked for since the last call.
+    pub fn take_power(&self) -> Option<Power> {
+        self.state().power.pop_front()
+    }
+
+    /// The messages that were lost since the last call.
+    pub fn take_ended(&self) -> Vec<(u32, u32)> {
+        std::mem::take(&mut self.state().ended)
+    }
+}
