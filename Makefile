@@ -6,6 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 /
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 CARGO  ?= cargo
+CARGO_OUT := $(or $(CARGO_TARGET_DIR),native/target)
 PYTEST_ARGS ?=
 TEST_JOBS ?= $(shell nproc)
 # `make test GUESTS=no` leaves out the stock guests; `make guests KERNEL=bzImage MODULES=lib/modules/RELEASE [INITRD=F]` boots yours.
@@ -61,9 +62,11 @@ $(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml $(RUST_SOURCES)
 
 # --- for those who change it ------------------------------------------------------------------------------------
 
-native:                           ## the extension module, built in place for work in this checkout
+native:                           ## extension module and VMM, built in place for work in this checkout
 	cd native && $(CARGO) build --release -p vswitch-native --features extension-module
-	cp native/target/release/lib_native.so vswitch_native/_native.abi3.so
+	cd native && $(CARGO) build --release -p vswitch-vmm
+	cp $(CARGO_OUT)/release/lib_native.so vswitch_native/_native.abi3.so
+	install -m 755 $(CARGO_OUT)/release/vswitch-vmm vswitch_native/vswitch-vmm
 
 lint: lint-python lint-rust
 

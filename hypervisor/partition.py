@@ -105,6 +105,7 @@ class Partition:
         self._parking: dict[int, asyncio.Future[None]] = {}
         self._detaching: asyncio.Task[None] | None = None
         self._detached = asyncio.Event()
+        self._resetting = False
         self._deleting = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.codecs = guest_codecs(hypervisor.engine)
@@ -274,6 +275,8 @@ class Partition:
             self._on_eom(link, message)
         elif isinstance(message, door.Parked):
             self._on_parked(sequence)
+        elif isinstance(message, door.Reset):
+            self._on_reset(link, sequence)
         elif isinstance(message, door.Configured):
             self._agent.configured(sequence, message)
         elif isinstance(message, door.ExecStarted):
@@ -322,14 +325,14 @@ class Partition:
         link.close(text, code)
 
     def _on_hypercall(self, link: DoorLink, sequence: int, message: door.Hypercall) -> None:
-        if self._refuse_while_parked(link, "HYPERCALL"):
+        if self._refuse_while_still(link, "HYPERCALL"):
             return
         if message.vp >= self.vp_count:
             raise WireError(f"HYPERCALL: virtual processor {message.vp} does not exist")
         link.send(dispatch(self, message), sequence)
 
     def _on_msr(self, link: DoorLink, sequence: int, message: door.MsrWrite | door.MsrRead) -> None:
-        if self._refuse_while_parked(link, message.TYPE.name):
+        if self._refuse_while_still(link, message.TYPE.name):
             return
         try:
             if isinstance(message, door.MsrWrite):
@@ -341,13 +344,37 @@ class Partition:
             answer = door.MsrResult(True)
         link.send(answer, sequence)
 
-    def _refuse_while_parked(self, link: DoorLink, what: str) -> bool:
-        if self.state is PartitionState.PARKED:
-            link.close(f"{what} while parked", door.ErrorCode.STATE)
+    def _refuse_while_still(self, link: DoorLink, what: str) -> bool:
+        why = "parked" if self.state is PartitionState.PARKED else "the reset waits for RESET_DONE"
+        if self.state is PartitionState.PARKED or self._resetting:
+            link.close(f"{what} while {why}", door.ErrorCode.STATE)
             return True
         return False
 
+    def _on_reset(self, link: DoorLink, sequence: int) -> None:
+        if not self._refuse_while_still(link, "RESET"):
+            self._resetting = True
+            self._spawn(self._reset(link, sequence))
+
+    async def _reset(self, link: DoorLink, sequence: int) -> None:
+        await self.vmbus.reset()
+        if self._link is not link or link.closed:
+            # The guest's side asks again on its next connection.
+            return
+        self.synic.reset()
+        self._resetting = False
+        self._changed()
+        for callback in list(self.on_reset):
+            try:
+                callback()
+            except Exception:
+                _log.exception("partition %s: a callback failed", self.name)
+        link.send(door.ResetDone(), sequence)
+
     def _on_eom(self, link: DoorLink, message: door.Eom) -> None:
+        if self._resetting:
+            link.close("EOM while the reset waits for RESET_DONE", door.ErrorCode.STATE)
+            return
         try:
             self.synic.end_of_message(message.vp, message.sint)
         except WireError as error:
@@ -373,6 +400,7 @@ class Partition:
             if not future.done():
                 future.set_exception(DoorLost(reason))
         self._parking.clear()
+        self._resetting = False
         self._agent.lost(reason)
         self.synic.door_lost()
         self._detaching = self._spawn(self._detach(reason))

@@ -69,6 +69,8 @@ __all__ = [
     "Park",
     "Parked",
     "RegionEntry",
+    "Reset",
+    "ResetDone",
     "Resume",
     "Shutdown",
     "Unsupported",
@@ -99,6 +101,7 @@ GUEST_TO_HOST = frozenset(
         FrameType.MSR_READ,
         FrameType.EOM,
         FrameType.PARKED,
+        FrameType.RESET,
         FrameType.CONFIGURED,
         FrameType.EXEC_STARTED,
         FrameType.EXEC_EXIT,
@@ -114,6 +117,7 @@ HOST_TO_GUEST = frozenset(
         FrameType.EVENTFD,
         FrameType.PARK,
         FrameType.RESUME,
+        FrameType.RESET_DONE,
         FrameType.CONFIGURE,
         FrameType.EXEC,
         FrameType.KILL,
@@ -426,6 +430,36 @@ class Resume:
 
 
 @dataclass(frozen=True, slots=True)
+class Reset:
+    """The guest starts anew and stands still until RESET_DONE: let go of all that it had."""
+
+    TYPE: ClassVar[FrameType] = FrameType.RESET
+
+    def body(self) -> bytes:
+        return b""
+
+    @classmethod
+    def parse(cls, body: bytes) -> Reset:
+        exact(body, 0, "RESET")
+        return cls()
+
+
+@dataclass(frozen=True, slots=True)
+class ResetDone:
+    """Channels, GPADLs and registers are as for a partition that was just created."""
+
+    TYPE: ClassVar[FrameType] = FrameType.RESET_DONE
+
+    def body(self) -> bytes:
+        return b""
+
+    @classmethod
+    def parse(cls, body: bytes) -> ResetDone:
+        exact(body, 0, "RESET_DONE")
+        return cls()
+
+
+@dataclass(frozen=True, slots=True)
 class DoorError:
     """Why the sender is about to close the socket."""
 
@@ -457,6 +491,8 @@ DoorMessage = (
     | Park
     | Parked
     | Resume
+    | Reset
+    | ResetDone
     | Configure
     | Configured
     | Exec
@@ -481,6 +517,8 @@ _PARSERS: dict[int, Callable[[bytes], DoorMessage]] = {
     FrameType.PARK: Park.parse,
     FrameType.PARKED: Parked.parse,
     FrameType.RESUME: Resume.parse,
+    FrameType.RESET: Reset.parse,
+    FrameType.RESET_DONE: ResetDone.parse,
     FrameType.CONFIGURE: Configure.parse,
     FrameType.CONFIGURED: Configured.parse,
     FrameType.EXEC: Exec.parse,

@@ -43,6 +43,8 @@ class FrameType(IntEnum):
     PARK = 0x30
     PARKED = 0x31
     RESUME = 0x32
+    RESET = 0x33
+    RESET_DONE = 0x34
     CONFIGURE = 0x40
     CONFIGURED = 0x41
     EXEC = 0x42

@@ -195,6 +195,16 @@ class VmbusServer:
         await self._close_all()
         self.gpadls.clear()
 
+    async def reset(self) -> None:
+        """The guest starts anew: close every channel; whatever it was offered or told holds no more."""
+        if self._resetting is not None:
+            await asyncio.wait({self._resetting})
+        self._queue.clear()
+        self._reset(lambda: None)
+        assert self._resetting is not None
+        await asyncio.wait({self._resetting})
+        self._vp, self.sint = 0, vmbus.VMBUS_MESSAGE_SINT
+
     async def close(self) -> None:
         """Close everything for good."""
         await self.detached()

@@ -380,7 +380,9 @@ DOOR_MESSAGES: st.SearchStrategy[Any] = st.one_of(
     st.builds(door.Deliver, st.integers(0, 63), st.integers(0, 15), st.binary(min_size=256, max_size=256)),
     st.builds(door.Eom, st.integers(0, 63), st.integers(0, 15)),
     st.builds(door.EventFd, U32, st.booleans()),
-    st.sampled_from([door.Park(), door.Parked(), door.Resume(), door.Shutdown()]),
+    st.sampled_from(
+        [door.Park(), door.Parked(), door.Resume(), door.Reset(), door.ResetDone(), door.Shutdown()]
+    ),
     st.builds(door.Configured, U32, st.text(max_size=40)),
     st.builds(door.ExecStarted, U32, U32, st.text(max_size=40)),
     st.builds(door.ExecExit, U32, st.text(max_size=40)),

@@ -67,7 +67,8 @@ pub fn parse_cpus(text: &str) -> Option<Vec<usize>> {
 
 fn descriptor(option: &str, value: OsString) -> Result<OwnedFd> {
     let number: RawFd = value.parse().context(option)?;
-    take_fd(number).ok_or_else(|| Error::new(format!("{option}: {number} is not an open descriptor")))
+    take_fd(number)
+        .ok_or_else(|| Error::new(format!("{option}: {number} is not an open descriptor")))
 }
 
 /// Parses what follows the program's name.
@@ -109,7 +110,11 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command> {
                 let seconds: f64 = value.parse().context(&option)?;
                 grace = Duration::try_from_secs_f64(seconds).context(&option)?;
             }
-            _ => return Err(Error::new(format!("command line: there is no option {option}"))),
+            _ => {
+                return Err(Error::new(format!(
+                    "command line: there is no option {option}"
+                )))
+            }
         }
     }
     let missing = |option| Error::new(format!("command line: {option} is missing"));
@@ -141,8 +146,13 @@ mod tests {
     fn what_is_missing_is_named() {
         let error = parse([]).unwrap_err().to_string();
         assert!(error.contains("--kernel-fd"), "{error}");
-        let error = parse(["--kernel-fd".into(), "987654".into()]).unwrap_err().to_string();
-        assert!(error.contains("987654 is not an open descriptor"), "{error}");
+        let error = parse(["--kernel-fd".into(), "987654".into()])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("987654 is not an open descriptor"),
+            "{error}"
+        );
         assert!(matches!(parse(["--probe".into()]), Ok(Command::Probe)));
     }
 }

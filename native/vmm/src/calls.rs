@@ -13,7 +13,7 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
-use vmm_sys_util::{ioctl_ioc_nr, ioctl_iow_nr, ioctl_iowr_nr};
+use vmm_sys_util::{ioctl_iow_nr, ioctl_iowr_nr};
 
 use crate::memory::Memory;
 
@@ -118,8 +118,8 @@ pub fn set_memory(vm: &VmFd, memory: &Memory) -> Result<(), kvm_ioctls::Error> {
 
 /// Hyper-V's CPUID leaves that this KVM can serve for a virtual processor.
 pub fn supported_hv_cpuid(vcpu: &VcpuFd) -> io::Result<CpuId> {
-    let mut leaves =
-        CpuId::new(KVM_MAX_CPUID_ENTRIES).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
+    let mut leaves = CpuId::new(KVM_MAX_CPUID_ENTRIES)
+        .map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
     // SAFETY: the structure says how many entries it has room for, and KVM writes at most as many.
     let result = unsafe {
         ioctl_with_mut_ref(
@@ -133,11 +133,19 @@ pub fn supported_hv_cpuid(vcpu: &VcpuFd) -> io::Result<CpuId> {
 }
 
 /// Lets the guest's HvCallSignalEvent on `connection` write `fd`; None takes it back.
-pub fn set_hyperv_eventfd(vm: &VmFd, connection: u32, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+pub fn set_hyperv_eventfd(
+    vm: &VmFd,
+    connection: u32,
+    fd: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
     let entry = kvm_hyperv_eventfd {
         conn_id: connection,
         fd: fd.map_or(-1, |fd| fd.as_raw_fd()),
-        flags: if fd.is_none() { KVM_HYPERV_EVENTFD_DEASSIGN } else { 0 },
+        flags: if fd.is_none() {
+            KVM_HYPERV_EVENTFD_DEASSIGN
+        } else {
+            0
+        },
         padding: [0; 3],
     };
     // SAFETY: a valid structure that KVM only reads.

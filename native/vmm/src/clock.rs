@@ -64,7 +64,11 @@ fn civil(days: u64) -> (u64, u64, u64) {
     let day_of_year = day_of_era - (365 * year + year / 4 - year / 100);
     let march_month = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * march_month + 2) / 5 + 1;
-    let month = if march_month < 10 { march_month + 3 } else { march_month - 9 };
+    let month = if march_month < 10 {
+        march_month + 3
+    } else {
+        march_month - 9
+    };
     let year = year + era * 400 + u64::from(month <= 2);
     (year, month, day)
 }
@@ -87,7 +91,10 @@ mod tests {
         let at = 1_709_251_198;
         let read = |index| register(index, at);
         assert_eq!([read(4), read(2), read(0)], [0x23, 0x59, 0x58]);
-        assert_eq!([read(CENTURY), read(9), read(8), read(7)], [0x20, 0x24, 0x02, 0x29]);
+        assert_eq!(
+            [read(CENTURY), read(9), read(8), read(7)],
+            [0x20, 0x24, 0x02, 0x29]
+        );
         assert_eq!(read(6), 5);
         assert_eq!(read(STATUS_A) & 0x80, 0);
     }

@@ -92,13 +92,19 @@ impl Reader {
     }
 
     /// Hands over what there is, as far as `sink` takes it without waiting; true when all of it went.
-    fn feed(&mut self, output: &Output, sink: &mut impl Write, ready: impl Fn() -> bool) -> io::Result<bool> {
+    fn feed(
+        &mut self,
+        output: &Output,
+        sink: &mut impl Write,
+        ready: impl Fn() -> bool,
+    ) -> io::Result<bool> {
         loop {
             if self.pending.is_empty() {
                 let (lost, bytes) = output.read_from(self.position);
                 self.position += lost + bytes.len() as u64;
                 if lost > 0 {
-                    self.pending = format!("\r\n[{lost} bytes of output were lost here]\r\n").into_bytes();
+                    self.pending =
+                        format!("\r\n[{lost} bytes of output were lost here]\r\n").into_bytes();
                 }
                 self.pending.extend(bytes);
                 if self.pending.is_empty() {
@@ -109,7 +115,10 @@ impl Reader {
                 return Ok(false);
             }
             // No more than a pipe takes whole, so that a blocking descriptor does not wait.
-            let part = self.pending.get(..self.pending.len().min(4096)).unwrap_or_default();
+            let part = self
+                .pending
+                .get(..self.pending.len().min(4096))
+                .unwrap_or_default();
             match sink.write(part) {
                 Ok(count) => drop(self.pending.drain(..count)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
@@ -234,7 +243,11 @@ impl Console {
 
 /// Starts a log anew that has grown too long.
 fn limit(log: &mut File) {
-    if log.seek(SeekFrom::End(0)).is_ok_and(|length| length > LOG_LIMIT) && log.set_len(0).is_ok() {
+    if log
+        .seek(SeekFrom::End(0))
+        .is_ok_and(|length| length > LOG_LIMIT)
+        && log.set_len(0).is_ok()
+    {
         let _ = log.write_all(b"[the log had grown too long; it starts anew here]\n");
     }
 }

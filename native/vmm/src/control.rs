@@ -155,7 +155,11 @@ impl Control {
     /// Makes a processor look at its slots.
     pub fn kick(&self, vp: u32) {
         let state = self.state();
-        if let Some(thread) = state.threads.get(vp as usize).filter(|thread| !thread.stopped) {
+        if let Some(thread) = state
+            .threads
+            .get(vp as usize)
+            .filter(|thread| !thread.stopped)
+        {
             kick::kick(thread.id);
         }
     }

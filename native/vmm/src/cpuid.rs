@@ -92,11 +92,19 @@ fn of_this_processor(mut entry: kvm_cpuid_entry2, vp: u32, vp_count: u32) -> kvm
         1 => {
             entry.ebx = entry.ebx & 0xFFFF | vp_count.min(255) << 16 | vp << 24;
             entry.ecx = entry.ecx & !VMX | HYPERVISOR;
-            entry.edx = if vp_count > 1 { entry.edx | HTT } else { entry.edx & !HTT };
+            entry.edx = if vp_count > 1 {
+                entry.edx | HTT
+            } else {
+                entry.edx & !HTT
+            };
         }
         // Caches: the third level is shared by all, the others are each core's own.
         4 | 0x8000_001D => {
-            let shared = if entry.eax >> 5 & 7 == 3 { vp_count - 1 } else { 0 };
+            let shared = if entry.eax >> 5 & 7 == 3 {
+                vp_count - 1
+            } else {
+                0
+            };
             entry.eax = entry.eax & !(0xFFF << 14) | shared.min(0xFFF) << 14;
             if entry.function == 4 {
                 entry.eax = entry.eax & !(0x3F << 26) | (vp_count - 1).min(0x3F) << 26;
@@ -184,7 +192,9 @@ mod tests {
 
     fn get(leaves: &[kvm_cpuid_entry2], function: u32) -> kvm_cpuid_entry2 {
         let mut found = leaves.iter().filter(|entry| entry.function == function);
-        let first = found.next().unwrap_or_else(|| panic!("no leaf {function:#x}"));
+        let first = found
+            .next()
+            .unwrap_or_else(|| panic!("no leaf {function:#x}"));
         assert!(found.next().is_none(), "leaf {function:#x} is there twice");
         *first
     }
@@ -201,7 +211,11 @@ mod tests {
             .all(|entry| entry.function <= HV_LAST_LEAF));
         let signature = u32::from_le_bytes(*b"KVMK");
         assert!(leaves.iter().all(|entry| entry.ebx != signature));
-        assert_eq!(get(&leaves, 1).ecx, 1 << 31, "a hypervisor, and no VMX below it");
+        assert_eq!(
+            get(&leaves, 1).ecx,
+            1 << 31,
+            "a hypervisor, and no VMX below it"
+        );
         assert_eq!(get(&leaves, 0x8000_0001).ecx & 1 << 2, 0, "no SVM");
     }
 
@@ -223,7 +237,10 @@ mod tests {
         let first = get(&leaves, 1);
         assert_eq!((first.ebx >> 24, first.ebx >> 16 & 0xFF), (3, 4));
         assert_ne!(first.edx & 1 << 28, 0);
-        let levels: Vec<_> = leaves.iter().filter(|entry| entry.function == 0xB).collect();
+        let levels: Vec<_> = leaves
+            .iter()
+            .filter(|entry| entry.function == 0xB)
+            .collect();
         assert_eq!(levels.len(), 3);
         assert!(levels.iter().all(|entry| entry.edx == 3));
         assert_eq!((levels[1].eax, levels[1].ebx), (2, 4));

@@ -167,7 +167,10 @@ mod tests {
         let (ports, _) = ports();
         let off = SLEEP_TYPE_OFF << 2 | SLEEP_ENABLE;
         assert_eq!(ports.write(SLEEP_CONTROL_PORT, &[off]), Some(Power::Off));
-        assert_eq!(ports.write(SLEEP_CONTROL_PORT, &[off & !SLEEP_ENABLE]), None);
+        assert_eq!(
+            ports.write(SLEEP_CONTROL_PORT, &[off & !SLEEP_ENABLE]),
+            None
+        );
         assert_eq!(ports.write(RESET_PORT, &[RESET_VALUE]), Some(Power::Reset));
         assert_eq!(ports.write(RESET_PORT, &[2]), None);
         assert_eq!(ports.write(KEYBOARD_COMMAND, &[0xFE]), Some(Power::Reset));

@@ -34,8 +34,8 @@ pub struct Shape {
 pub enum Answer {
     /// RAX of a hypercall.
     Hypercall(u64),
-    /// A write of an MSR is done, or raises #GP.
-    Msr { fault: bool },
+    /// An MSR was read or written, or the access raises #GP; what was read.
+    Msr { fault: bool, value: u64 },
 }
 
 /// What a frame asks of the machine.
@@ -135,7 +135,9 @@ impl Door {
             return self.hello(sequence, &hello, fds);
         }
         if let DoorMessage::DoorError { code, text } = message {
-            return Ok(Event::Ended(format!("the host reported error {code}: {text}")));
+            return Ok(Event::Ended(format!(
+                "the host reported error {code}: {text}"
+            )));
         }
         let Some(shape) = self.shape.as_ref().filter(|_| self.greeted) else {
             let text = format!("door frame type {:#x} before HELLO", message.kind());
@@ -145,13 +147,19 @@ impl Door {
             DoorMessage::HypercallResult(result) => {
                 Event::Answered(sequence, Answer::Hypercall(result.rax))
             }
-            DoorMessage::MsrResult { fault, .. } => Event::Answered(sequence, Answer::Msr { fault }),
+            DoorMessage::MsrResult { fault, value } => {
+                Event::Answered(sequence, Answer::Msr { fault, value })
+            }
             DoorMessage::Deliver { vp, sint, message } => {
                 if vp >= shape.vp_count || sint >= SINT_COUNT {
-                    return refuse(ERROR_MALFORMED, format!("DELIVER: no virtual processor {vp}"));
+                    return refuse(
+                        ERROR_MALFORMED,
+                        format!("DELIVER: no virtual processor {vp}"),
+                    );
                 }
                 if !self.outstanding.insert((vp, sint)) {
-                    let text = format!("DELIVER: the last one to VP {vp}, SINT {sint} has not ended");
+                    let text =
+                        format!("DELIVER: the last one to VP {vp}, SINT {sint} has not ended");
                     return refuse(ERROR_STATE, text);
                 }
                 let mut copy = Box::new([0; MESSAGE_SIZE]);
@@ -186,13 +194,21 @@ impl Door {
             DoorMessage::Kill { .. } => Event::Nothing,
             DoorMessage::Shutdown => Event::Shutdown,
             other => {
-                let text = format!("door frame type {:#x} goes from guest to host only", other.kind());
+                let text = format!(
+                    "door frame type {:#x} goes from guest to host only",
+                    other.kind()
+                );
                 return refuse(ERROR_MALFORMED, text);
             }
         })
     }
 
-    fn hello(&mut self, sequence: u32, hello: &Hello<'_>, fds: Vec<OwnedFd>) -> Result<Event, Refusal> {
+    fn hello(
+        &mut self,
+        sequence: u32,
+        hello: &Hello<'_>,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Event, Refusal> {
         if self.greeted {
             return refuse(ERROR_STATE, "HELLO twice on one connection");
         }
@@ -208,7 +224,10 @@ impl Door {
         };
         if hello.flags & HELLO_RESUME == 0 {
             if self.shape.is_some() {
-                return refuse(ERROR_STATE, "this machine runs already: resume it, or start another");
+                return refuse(
+                    ERROR_STATE,
+                    "this machine runs already: resume it, or start another",
+                );
             }
             let mut memfds = fds;
             let interrupts = memfds.split_off(shape.regions.len());
@@ -222,7 +241,10 @@ impl Door {
             });
         }
         if self.shape.as_ref() != Some(&shape) {
-            return refuse(ERROR_RESUME, "the partition to resume is not the one that runs here");
+            return refuse(
+                ERROR_RESUME,
+                "the partition to resume is not the one that runs here",
+            );
         }
         self.greeted = true;
         Ok(Event::Resumed {

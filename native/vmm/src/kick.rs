@@ -54,12 +54,5 @@ pub fn this_thread() -> libc::pid_t {
 /// Makes a thread of this process leave KVM_RUN.
 pub fn kick(thread: libc::pid_t) {
     // SAFETY: sends a signal whose handler is installed; a thread that is gone gives an error.
-    unsafe {
-        libc::syscall(
-            libc::SYS_tgkill,
-            libc::getpid(),
-            thread,
-            number(),
-        )
-    };
+    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, number()) };
 }

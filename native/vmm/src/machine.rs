@@ -12,19 +12,19 @@ use vswitch_door::sys::{self, Epoll};
 use vswitch_wire::door::{DoorMessage, DOOR_VERSION, HELLO_RESUME, MAX_FRAME};
 
 use crate::args::Options;
+use crate::boot;
 use crate::calls;
 use crate::console::{Console, Output};
 use crate::control::Control;
 use crate::devices::{Ports, Power};
-use crate::door::{Door, Event, Refusal, Shape};
+use crate::door::{Answer, Door, Event, Refusal, Shape};
 use crate::error::{Context, Error, Result};
 use crate::memory::Regions;
 use crate::requests::Requests;
 use crate::sandbox;
-use crate::synic::{Registers, Slots, Waiting};
+use crate::synic::{Registers, Slots, Waiting, MSR_TIME_REF_COUNT};
 use crate::vcpu::Processor;
 use crate::vm::Vm;
-use crate::{boot, kick};
 
 /// How the machine ended; the process's exit status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,9 +69,21 @@ struct Running {
     vm: Option<Vm>,
     interrupts: Vec<EventFd>,
     reset: Reset,
+    /// The new machine waits for the answer to this question for its reference time.
+    clock: Option<u32>,
     /// PARK with this sequence waits for PARKED.
     parking: Option<u32>,
     parked: bool,
+}
+
+impl Running {
+    /// Lets the processors run unless something wants them stopped.
+    fn go(&self) {
+        if self.reset == Reset::No && self.clock.is_none() && self.parking.is_none() && !self.parked
+        {
+            self.control.run();
+        }
+    }
 }
 
 /// One machine from its start to its end.
@@ -166,7 +178,9 @@ impl Machine {
             .is_none()
             .then(|| (self.lost_at + self.grace).saturating_duration_since(Instant::now()));
         let soonest = grace.into_iter().chain(retry.then_some(RETRY)).min();
-        soonest.map_or(-1, |time| i32::try_from(time.as_millis()).unwrap_or(i32::MAX - 1) + 1)
+        soonest.map_or(-1, |time| {
+            i32::try_from(time.as_millis()).unwrap_or(i32::MAX - 1) + 1
+        })
     }
 
     fn serve(&mut self, number: u64, what: u32) -> Result<()> {
@@ -244,11 +258,12 @@ impl Machine {
         }
         running.parking = None;
         running.parked = false;
-        match running.reset {
-            Reset::Sent(_) => running.reset = Reset::Wanted,
-            Reset::Wanted => {}
-            Reset::No => running.control.run(),
+        // The reference time stays what it is; a reset is asked for again.
+        running.clock = None;
+        if let Reset::Sent(_) = running.reset {
+            running.reset = Reset::Wanted;
         }
+        running.go();
         Ok(())
     }
 
@@ -326,10 +341,7 @@ impl Machine {
                 sequence,
                 interrupts,
             } => self.resume(sequence, interrupts),
-            Event::Answered(sequence, answer) => {
-                self.requests.answered(sequence, answer);
-                Ok(())
-            }
+            Event::Answered(sequence, answer) => self.answered(sequence, answer),
             Event::Reply(frame) => {
                 self.requests.send_frame(frame, &[]);
                 Ok(())
@@ -421,6 +433,7 @@ impl Machine {
             vm: None,
             interrupts: events_of(interrupts),
             reset: Reset::No,
+            clock: None,
             parking: None,
             parked: false,
         });
@@ -429,18 +442,48 @@ impl Machine {
             version: DOOR_VERSION,
             flags: 0,
         };
-        self.greet(&acknowledge, sequence, &[]);
-        if let Some(running) = &self.running {
-            running.control.run();
-        }
-        Ok(())
-    }
-
-    fn greet(&self, acknowledge: &DoorMessage<'_>, sequence: u32, fds: &[OwnedFd]) {
         if let Some(socket) = &self.socket {
             self.requests.open(Arc::clone(socket));
         }
-        self.requests.send(acknowledge, sequence, fds);
+        self.requests.send(&acknowledge, sequence, &[]);
+        self.ask_for_time();
+        Ok(())
+    }
+
+    /// The partition's reference time is the host's: a new machine begins with it.
+    fn ask_for_time(&mut self) {
+        if let Some(running) = &mut self.running {
+            let question = DoorMessage::MsrRead {
+                vp: 0,
+                msr: MSR_TIME_REF_COUNT,
+            };
+            running.clock = Some(self.requests.request(&question));
+        }
+    }
+
+    fn answered(&mut self, sequence: u32, answer: Answer) -> Result<()> {
+        let Some(running) = self
+            .running
+            .as_mut()
+            .filter(|running| running.clock == Some(sequence))
+        else {
+            self.requests.answered(sequence, answer);
+            return Ok(());
+        };
+        running.clock = None;
+        // Without the privilege the guest has no such counter either.
+        if let (
+            Answer::Msr {
+                fault: false,
+                value,
+            },
+            Some(vm),
+        ) = (answer, &running.vm)
+        {
+            vm.set_reference_time(value)?;
+        }
+        running.go();
+        Ok(())
     }
 
     /// A virtual machine with the kernel at its entry point; there is none at the moment, and no processor runs.
@@ -501,7 +544,8 @@ impl Machine {
             for (vp, slots) in (0..).zip(&running.slots) {
                 slots.with_registers(|registers| {
                     for (msr, value) in registers.changes(&Registers::default()) {
-                        self.requests.request(&DoorMessage::MsrWrite { vp, msr, value });
+                        self.requests
+                            .request(&DoorMessage::MsrWrite { vp, msr, value });
                     }
                 });
             }
@@ -528,9 +572,7 @@ impl Machine {
         if !std::mem::take(&mut running.parked) {
             return Ok(());
         }
-        if running.reset == Reset::No {
-            running.control.run();
-        }
+        running.go();
         let processors = 0..running.shape.vp_count;
         // What was acknowledged while no EOM could be sent.
         processors
@@ -651,11 +693,7 @@ impl Machine {
         self.ports.reset()?;
         self.door.reset();
         self.build()?;
-        if let Some(running) = &self.running {
-            if !running.parked && running.parking.is_none() {
-                running.control.run();
-            }
-        }
+        self.ask_for_time();
         Ok(())
     }
 
@@ -681,7 +719,11 @@ impl Machine {
             }
             self.client = wanted;
             // The next one may be waiting.
-            let listening = if wanted.is_some() { (READ, 0) } else { (0, READ) };
+            let listening = if wanted.is_some() {
+                (READ, 0)
+            } else {
+                (0, READ)
+            };
             let listener = self.console.listener().as_raw_fd();
             self.listen_console(listener, listening)?;
         }
@@ -691,7 +733,10 @@ impl Machine {
     fn listen_console(&self, fd: RawFd, (before, after): (u32, u32)) -> Result<()> {
         match self.epoll.update(fd, CONSOLE_LISTENER, before, after) {
             Err(error)
-                if !matches!(error.raw_os_error(), Some(libc::EEXIST) | Some(libc::ENOENT)) =>
+                if !matches!(
+                    error.raw_os_error(),
+                    Some(libc::EEXIST) | Some(libc::ENOENT)
+                ) =>
             {
                 Err(Error::new(format!("epoll: {error}")))
             }

@@ -11,7 +11,7 @@ use crate::vm::NEEDED;
 pub fn capabilities(kvm: &Kvm) -> Vec<(&'static str, bool)> {
     NEEDED
         .into_iter()
-        .map(|(capability, name)| (name, kvm.check_extension(capability)))
+        .map(|(capability, name)| (name, kvm.check_extension_raw(u64::from(capability)) > 0))
         .collect()
 }
 
@@ -35,7 +35,10 @@ pub fn check(kvm: &Kvm) -> Result<()> {
 /// The answer as one line of JSON, and whether guests run.
 pub fn report(kvm: Result<Kvm>) -> (bool, String) {
     let (found, refusal) = match &kvm {
-        Ok(kvm) => (capabilities(kvm), check(kvm).and_then(|()| try_out(kvm)).err()),
+        Ok(kvm) => (
+            capabilities(kvm),
+            check(kvm).and_then(|()| try_out(kvm)).err(),
+        ),
         Err(error) => (Vec::new(), Some(Error::new(error.to_string()))),
     };
     let capabilities: Vec<String> = found
@@ -67,7 +70,9 @@ fn quoted(text: &str) -> String {
     for letter in text.chars() {
         match letter {
             '"' | '\\' => out.extend(['\\', letter]),
-            letter if u32::from(letter) < 0x20 => out.push_str(&format!("\\u{:04x}", u32::from(letter))),
+            letter if u32::from(letter) < 0x20 => {
+                out.push_str(&format!("\\u{:04x}", u32::from(letter)))
+            }
             letter => out.push(letter),
         }
     }

@@ -2,7 +2,15 @@
 
 use crate::error::Result;
 
-pub fn confine_processor() -> Result<()> { Ok(()) }
-pub fn confine_machine() -> Result<()> { Ok(()) }
-pub fn set_affinity(_c: &[usize]) -> Result<()> { Ok(()) }
-pub fn give_up_privileges() -> Result<()> { Ok(()) }
+pub fn confine_processor() -> Result<()> {
+    Ok(())
+}
+pub fn confine_machine() -> Result<()> {
+    Ok(())
+}
+pub fn set_affinity(_c: &[usize]) -> Result<()> {
+    Ok(())
+}
+pub fn give_up_privileges() -> Result<()> {
+    Ok(())
+}

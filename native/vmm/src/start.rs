@@ -28,7 +28,9 @@ pub fn open_kvm(fd: Option<OwnedFd>) -> Result<Kvm> {
         })?,
     };
     if kvm.get_api_version() != 12 {
-        return Err(Error::new("the descriptor given as /dev/kvm is no KVM device"));
+        return Err(Error::new(
+            "the descriptor given as /dev/kvm is no KVM device",
+        ));
     }
     Ok(kvm)
 }

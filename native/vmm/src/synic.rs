@@ -13,6 +13,7 @@ use crate::memory::Memory;
 
 pub const MSR_GUEST_OS_ID: u32 = 0x4000_0000;
 pub const MSR_HYPERCALL: u32 = 0x4000_0001;
+pub const MSR_TIME_REF_COUNT: u32 = 0x4000_0020;
 pub const MSR_SCONTROL: u32 = 0x4000_0080;
 pub const MSR_SIEFP: u32 = 0x4000_0082;
 pub const MSR_SIMP: u32 = 0x4000_0083;
@@ -284,7 +285,9 @@ mod tests {
         let rest: u8 = memory.read_obj(GuestAddress(SIMP + 2 * 256 + 255)).unwrap();
         assert_eq!(rest, 0xAB);
         assert_eq!(slots.emptied(&memory), (vec![], false));
-        memory.write_obj(0u32, GuestAddress(SIMP + 2 * 256)).unwrap();
+        memory
+            .write_obj(0u32, GuestAddress(SIMP + 2 * 256))
+            .unwrap();
         assert_eq!(slots.emptied(&memory), (vec![2], false));
         assert_eq!(slots.emptied(&memory), (vec![], false));
     }
@@ -294,18 +297,24 @@ mod tests {
         let (memory, slots) = (memory(), Slots::default());
         slots.set_registers(&memory, enabled());
         let timer = 0x8000_0010u32;
-        memory.write_obj(timer, GuestAddress(SIMP + 2 * 256)).unwrap();
+        memory
+            .write_obj(timer, GuestAddress(SIMP + 2 * 256))
+            .unwrap();
         slots.queue(message(2, 1));
         slots.write(&memory, |_| panic!("the slot was in use"));
         let flags: u8 = memory.read_obj(GuestAddress(SIMP + 2 * 256 + 5)).unwrap();
         assert_eq!(flags & PENDING, PENDING, "the guest is asked for an EOM");
-        memory.write_obj(0u32, GuestAddress(SIMP + 2 * 256)).unwrap();
+        memory
+            .write_obj(0u32, GuestAddress(SIMP + 2 * 256))
+            .unwrap();
         assert_eq!(slots.emptied(&memory), (vec![], true));
         let mut raised = 0;
         slots.write(&memory, |_| raised += 1);
         assert_eq!((raised, slot(&memory, 2)), (1, 1));
         // Taken, and the timer's message lies there now.
-        memory.write_obj(timer, GuestAddress(SIMP + 2 * 256)).unwrap();
+        memory
+            .write_obj(timer, GuestAddress(SIMP + 2 * 256))
+            .unwrap();
         assert_eq!(slots.emptied(&memory), (vec![2], false));
     }
 
@@ -344,7 +353,11 @@ mod tests {
         let mut now = enabled();
         now.sints[2] = 0xF3 | 1 << 20;
         let changes = now.changes(&before);
-        let wanted = [(MSR_SIMP, SIMP | 1), (MSR_SINT0 + 2, 0xF3), (MSR_SCONTROL, 1)];
+        let wanted = [
+            (MSR_SIMP, SIMP | 1),
+            (MSR_SINT0 + 2, 0xF3),
+            (MSR_SCONTROL, 1),
+        ];
         assert_eq!(changes, wanted);
         assert!(now.changes(&now).is_empty());
     }

@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{
-    kvm_msr_entry, Msrs, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET,
-};
+use kvm_bindings::{kvm_msr_entry, Msrs, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vswitch_wire::door::{DoorMessage, Hypercall, SINT_COUNT};
 

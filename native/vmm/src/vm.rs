@@ -4,11 +4,13 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 
 use kvm_bindings::{
-    kvm_msr_entry, kvm_pit_config, CpuId, KvmIrqRouting, Msrs, KVM_CAP_ENFORCE_PV_FEATURE_CPUID,
-    KVM_CAP_HYPERV_ENFORCE_CPUID, KVM_CAP_HYPERV_SYNIC2, KVM_IRQCHIP_IOAPIC,
-    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
+    kvm_clock_data, kvm_msr_entry, kvm_pit_config, CpuId, KvmIrqRouting, Msrs,
+    KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_HYPERV_ENFORCE_CPUID, KVM_CAP_HYPERV_EVENTFD,
+    KVM_CAP_HYPERV_SYNIC2, KVM_CAP_HYPERV_VP_INDEX, KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_IRQCHIP,
+    KVM_CAP_IRQFD_RESAMPLE, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
 };
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 use vswitch_wire::door::SINT_COUNT;
 
@@ -34,13 +36,13 @@ const DELIVER_NMI: u32 = 4 << 8;
 const DELIVER_EXTERNAL: u32 = 7 << 8;
 
 /// Capabilities without which no Hyper-V guest runs, with their names.
-pub const NEEDED: [(Cap, &str); 6] = [
-    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
-    (Cap::IrqfdResample, "KVM_CAP_IRQFD_RESAMPLE"),
-    (Cap::HypervSynic2, "KVM_CAP_HYPERV_SYNIC2"),
-    (Cap::HypervEventfd, "KVM_CAP_HYPERV_EVENTFD"),
-    (Cap::HypervVpIndex, "KVM_CAP_HYPERV_VP_INDEX"),
-    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+pub const NEEDED: [(u32, &str); 6] = [
+    (KVM_CAP_IRQCHIP, "KVM_CAP_IRQCHIP"),
+    (KVM_CAP_IRQFD_RESAMPLE, "KVM_CAP_IRQFD_RESAMPLE"),
+    (KVM_CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT"),
+    (KVM_CAP_HYPERV_SYNIC2, "KVM_CAP_HYPERV_SYNIC2"),
+    (KVM_CAP_HYPERV_VP_INDEX, "KVM_CAP_HYPERV_VP_INDEX"),
+    (KVM_CAP_HYPERV_EVENTFD, "KVM_CAP_HYPERV_EVENTFD"),
 ];
 
 /// One life of the machine: a reset makes a new one.
@@ -84,9 +86,7 @@ impl Vm {
             .context("KVM_GET_SUPPORTED_CPUID")?;
         let mut vcpus = Vec::new();
         for vp in 0..vp_count {
-            let vcpu = fd
-                .create_vcpu(u64::from(vp))
-                .context("KVM_CREATE_VCPU")?;
+            let vcpu = fd.create_vcpu(u64::from(vp)).context("KVM_CREATE_VCPU")?;
             set_up(kvm, &vcpu, &base, privileges, vp, vp_count)?;
             vcpus.push(vcpu);
         }
@@ -119,9 +119,19 @@ impl Vm {
             self.fd
                 .register_irqfd(fd, gsi(vp, EVENT_SINT))
                 .context("the host's interrupt eventfd")?;
-            self.interrupts.push(fd.try_clone().context("interrupt eventfd")?);
+            self.interrupts
+                .push(fd.try_clone().context("interrupt eventfd")?);
         }
         Ok(())
+    }
+
+    /// The partition's reference time, in units of 100 ns, is this from now on.
+    pub fn set_reference_time(&self, units: u64) -> Result<()> {
+        let clock = kvm_clock_data {
+            clock: units.saturating_mul(100),
+            ..Default::default()
+        };
+        self.fd.set_clock(&clock).context("KVM_SET_CLOCK")
     }
 
     /// What raises a SINT after a message was written into its slot.
@@ -201,7 +211,10 @@ fn set_up(
         .map_err(|error| Error::new(format!("CPUID leaves: {error:?}")))?;
     vcpu.set_cpuid2(&leaves).context("KVM_SET_CPUID2")?;
     // Where KVM can: what the leaves do not offer raises #GP or fails, of both interfaces.
-    for capability in [KVM_CAP_HYPERV_ENFORCE_CPUID, KVM_CAP_ENFORCE_PV_FEATURE_CPUID] {
+    for capability in [
+        KVM_CAP_HYPERV_ENFORCE_CPUID,
+        KVM_CAP_ENFORCE_PV_FEATURE_CPUID,
+    ] {
         if kvm.check_extension_raw(u64::from(capability)) > 0 {
             calls::enable(vcpu, capability, 1).context("enforcing CPUID")?;
         }

@@ -35,6 +35,8 @@ const IO_APIC: u32 = 0xFEC0_0000;
 const MMIO_FIRST: u32 = 0xF800_0000;
 const MMIO_LAST: u32 = 0xFEBF_FFFF;
 const NO_VGA: u16 = 1 << 2;
+/// The clock's registers can be read, but there is no clock with an interrupt for a driver.
+const NO_CMOS_RTC: u16 = 1 << 5;
 
 /// Writes all tables; gives the RSDP's address.
 pub fn write(memory: &Memory, processors: u32) -> Result<u64> {
@@ -74,7 +76,13 @@ fn bytes_of(table: &dyn Aml) -> Vec<u8> {
 }
 
 fn port(address: u16) -> GAS {
-    GAS::new(Space::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(address))
+    GAS::new(
+        Space::SystemIo,
+        8,
+        0,
+        AccessSize::ByteAccess,
+        u64::from(address),
+    )
 }
 
 fn fadt(dsdt: u64) -> Vec<u8> {
@@ -82,7 +90,7 @@ fn fadt(dsdt: u64) -> Vec<u8> {
         .dsdt_64(dsdt)
         .flag(Flags::HwReducedAcpi)
         .flag(Flags::ResetRegSup);
-    fadt.iapc_boot_arch = NO_VGA.into();
+    fadt.iapc_boot_arch = (NO_VGA | NO_CMOS_RTC).into();
     fadt.reset_reg = port(RESET_PORT);
     fadt.reset_value = RESET_VALUE;
     fadt.sleep_control_reg = port(SLEEP_CONTROL_PORT);
@@ -173,7 +181,9 @@ mod tests {
         }
         let rsdp = find(RSDP);
         assert_eq!(&rsdp[..8], b"RSD PTR ");
-        let first = rsdp[..20].iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
+        let first = rsdp[..20]
+            .iter()
+            .fold(0u8, |sum, byte| sum.wrapping_add(*byte));
         assert_eq!(first, 0);
         let xsdt = find(word(rsdp, 24));
         let (fadt, madt) = (find(word(xsdt, 36)), find(word(xsdt, 44)));

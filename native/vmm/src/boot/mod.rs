@@ -149,7 +149,9 @@ fn load_initrd(
     parameters: &mut boot_params,
 ) -> Result<()> {
     let size = initrd.seek(SeekFrom::End(0)).context("initial RAM disk")?;
-    initrd.seek(SeekFrom::Start(0)).context("initial RAM disk")?;
+    initrd
+        .seek(SeekFrom::Start(0))
+        .context("initial RAM disk")?;
     let top = low.min(u64::from(parameters.hdr.initrd_addr_max) + 1);
     let start = top
         .checked_sub(size)
@@ -192,6 +194,6 @@ fn write_memory_map(memory: &Memory, parameters: &mut boot_params) {
     for (slot, (start, end, kind)) in parameters.e820_table.iter_mut().zip(entries) {
         slot.addr = start;
         slot.size = end - start;
-        slot.type_ = kind;
+        slot.r#type = kind;
     }
 }

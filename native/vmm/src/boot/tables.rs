@@ -26,10 +26,7 @@ pub fn write(memory: &Memory) -> Result<()> {
             put(GDT + index as u64 * 8, *entry)?;
         }
         // What an earlier run of this machine left in these pages must not map anything.
-        memory.write_slice(
-            &[0; ((2 + GIGABYTES) * 4096) as usize],
-            GuestAddress(PML4),
-        )?;
+        memory.write_slice(&[0; ((2 + GIGABYTES) * 4096) as usize], GuestAddress(PML4))?;
         put(PML4, PDPT | PRESENT_WRITABLE)?;
         for gigabyte in 0..GIGABYTES {
             let directory = DIRECTORIES + gigabyte * 4096;
