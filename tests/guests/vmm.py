@@ -52,7 +52,7 @@ async def machine(
     cmdline: str = DEFAULT_CMDLINE,
     options: Sequence[str] = (),
 ) -> AsyncIterator[Machine]:
-    """Starts the partition's VMM and attaches to it; it is killed at the end of the block if it still runs."""
+    """Starts the partition's VMM and attaches; it is killed at the end if it still runs."""
     program = vmm.find()
     assert program is not None, vmm.why()
     console_path = directory / f"{partition.name}.console"

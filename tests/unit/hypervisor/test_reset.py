@@ -126,8 +126,8 @@ async def test_a_reset_cut_short_by_the_doors_loss_is_asked_for_again(world: Wor
     device.gate.set()
     await until(lambda: partition.state is PartitionState.DETACHED)
     attaching = asyncio.ensure_future(partition.attach(5))
+    memfd = guest.fds[0]
     await guest.accept()
-    memfd = guest.memory.regions[0].fd
     guest.send(wire.HelloAck(flags=wire.HelloFlags.RESUME), guest.hello_sequence, [memfd])
     await attaching
     await reset(guest)
