@@ -9,6 +9,7 @@ The evidence of each kernel is kept in build/guests/RELEASE/, the results of all
 from __future__ import annotations
 
 import argparse
+import compileall
 import hashlib
 import json
 import os
@@ -87,6 +88,13 @@ def _machine() -> str | None:
     return None if path else f"vswitch-vmm is missing: {why.strip()}"
 
 
+def _compile() -> None:
+    """Byte code is made here, once: where the guests boot the files are read-only and the processor is slow."""
+    for folder in sorted(path.parent for path in ROOT.glob("*/__init__.py")):
+        compileall.compile_dir(folder, quiet=2)
+    compileall.compile_dir(ROOT / "tests" / "guests", quiet=2)
+
+
 def _inside(image: KernelImage, initrd: Path, volume: int, arguments: list[str]) -> tuple[int, Path]:
     """Runs the tests with one kernel; their exit status and their results."""
     folder = OUTPUT / image.release
@@ -151,6 +159,7 @@ def main() -> int:
         print(f"guests: {'SKIPPED' if options.or_skip else 'cannot run'}: {error}", file=sys.stderr)
         return 0 if options.or_skip else 1
     volume = options.volume or (VOLUME_EMULATED if kvm.missing() else VOLUME_REAL)
+    _compile()
     failed = []
     parts = []
     for image, initrd in ready:

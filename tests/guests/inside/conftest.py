@@ -24,17 +24,15 @@ if "VSWITCH_GUESTS_MANIFEST" in os.environ:
             json.loads(told.read_text()), told.parent, int(os.environ.get("VSWITCH_GUESTS_VOLUME", "4"))
         )
         try:
+            # One after the other: what boots takes all of an emulated machine's processors.
             world.client.create_switch("s0")
-            for machine in (VM1, VM2):
-                world.create(machine)
-            for machine in (VM1, VM2):
-                world.client.start_partition(machine.name)
             world.client.create_partition(BOX.name)
             world.client.create_nic(BOX.nic, port=BOX.port, mac=BOX.mac, addresses=[f"{BOX.address}/24"])
             world.client.start_partition(BOX.name)
-            guests = [world.join(machine) for machine in (VM1, VM2)]
             world.box = Box(world)
-            for guest in guests:
+            for machine in (VM1, VM2):
+                world.create(machine)
+                guest = world.boot(machine)
                 guest.wait_ready(150)
                 has_address(guest)
             yield world

@@ -107,7 +107,7 @@ class World:
         self.box: Box
         self._boots = 0
         self.run_dir = Path(tempfile.mkdtemp(prefix="guests-"))
-        self.daemon: DaemonProcess = start_daemon(self.run_dir, started_by="test")
+        self.daemon: DaemonProcess = start_daemon(self.run_dir, started_by="test", timeout=120)
         self.client = Client(self.daemon.socket)
         self.environment = {
             **daemon_environment(),
