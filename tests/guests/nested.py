@@ -31,6 +31,7 @@ QEMU = "qemu-system-x86_64"
 # kvm-amd for the guests; tun and veth for TAPs and links; the rest to reach this machine's files and speak.
 MODULES = ("9p", "9pnet_virtio", "virtio_pci", "virtio_console", "kvm-amd", "tun", "veth", "overlay")
 TIMED_OUT = 124
+_CMDLINE = "console=ttyS0 panic=-1 nokaslr quiet mitigations=off audit=0 cryptomgr.notests tsc=reliable"
 
 _INIT = r"""#!/bin/sh
 export PATH=/bin
@@ -145,9 +146,10 @@ def _qemu(kernel: KernelImage, initrd: Path, console: Path, memory: int) -> list
         raise GuestsUnavailable(f"{QEMU} is missing and {kvm.missing()}: apt install qemu-system-x86")
     share = "security_model=none,multidevs=remap"
     return [
-        QEMU, "-accel", "tcg,thread=multi", "-machine", "q35", "-cpu", "max,la57=off", "-smp", "2", "-m", str(memory),
+        QEMU, "-accel", "tcg,thread=multi", "-machine", "q35", "-cpu", "max,la57=off", "-smp", "2",
+        "-m", str(memory),
         "-kernel", str(kernel.vmlinuz), "-initrd", str(initrd),
-        "-append", "console=ttyS0 panic=-1 nokaslr quiet mitigations=off audit=0 cryptomgr.notests tsc=reliable",
+        "-append", _CMDLINE,
         "-display", "none", "-monitor", "none", "-nic", "none", "-no-reboot",
         "-serial", f"file:{console}",
         "-device", "virtio-serial", "-chardev", "stdio,id=job,signal=off",

@@ -89,7 +89,7 @@ def _machine() -> str | None:
 
 
 def _compile() -> None:
-    """Byte code is made here, once: where the guests boot the files are read-only and the processor is slow."""
+    """Byte code is made here, once: where the guests boot, files are read-only and processors slow."""
     for folder in sorted(path.parent for path in ROOT.glob("*/__init__.py")):
         compileall.compile_dir(folder, quiet=2)
     compileall.compile_dir(ROOT / "tests" / "guests", quiet=2)
