@@ -2,17 +2,18 @@
 the guest.
 
 Document of record for ``native/netvsp/src/channel.rs``, which has the same surface as
-``vswitch_native.netvsp.Channel``. The channel owns the ring pair: data 107s become frames for the switch,
-control messages wait in `Channel.take_control` for the NIC's control plane, and every packet that asks
-for a completion gets exactly one.
+``vswitch_native.netvsp.Channel``. It owns the ring pairs of all the NIC's queues (`netvsp.queue`): data 107s
+become frames for the switch, control messages wait in `Channel.take_control` for the NIC's control plane, and
+every packet that asks for a completion gets exactly one, on its own queue.
 
-Life cycle: made when the guest opens the channel; `set_receive_buffer` / `set_send_buffer` / `set_data`
-as the handshake goes on; the endpoint is attached to a switch port all along, because control packets
-arrive on the same ring; after the port's detach, `close`.
+Life cycle: made when the guest opens the primary channel; `set_receive_buffer` / `set_send_buffer` /
+`set_data` as the handshake goes on; `open_queue` and `close_queue` as the guest opens and closes
+sub-channels; the endpoint is attached to a switch port all along, because control packets arrive on the same
+ring; after the port's detach, `close`.
 
 Threads: all calls on the event loop's thread. Hostile guest: every packet is copied out of the ring once,
 checked, then used; frames are private copies, so that what a guest rewrites later is never delivered. A
-guest that breaks the ring or the protocol loses this channel alone (`fault`).
+guest that breaks a ring or the protocol loses this channel, with all its queues, alone (`fault`).
 """
 
 from __future__ import annotations
@@ -25,20 +26,18 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from netvsp import limits, receive_path, rndis_data
+from netvsp.queue import PADDED_MESSAGE, Queue, encode_transfer
 from netvsp.receive_buffer import ReceiveBuffer, ReceiveBufferError
+from netvsp.rss import Rss
 from netvsp.tape import Tape
 from vswitch.drops import DropReason
 from vswitch.endpoint import Frame
 from vswitch_wire import nvsp, packet, rndis
 from vswitch_wire.errors import WireError
 from vswitch_wire.memory import BufferView, GuestMemory, Interrupt, drain_fd, signal_fd
-from vswitch_wire.ring import RingReader, RingWriter
 
-PAGE = 4096
 NO_SECTION = 0xFFFFFFFF
 NVSP_SUCCESS, NVSP_FAILURE = 1, 2
-PADDED_MESSAGE = 32
-"""Bytes of an NVSP message in the ring: the fixed 28 of versions 1 to 6, padded."""
 CONTROL_ID_BIT = 1 << 63
 """Transaction ids of the host's own in-band requests have it; receive packets are numbered below 2^32."""
 DATA_107 = struct.pack("<4I", nvsp.NVSP_MSG1_TYPE_SEND_RNDIS_PKT, 0, NO_SECTION, 0).ljust(
@@ -47,7 +46,6 @@ DATA_107 = struct.pack("<4I", nvsp.NVSP_MSG1_TYPE_SEND_RNDIS_PKT, 0, NO_SECTION,
 CONTROL_107 = struct.pack("<4I", nvsp.NVSP_MSG1_TYPE_SEND_RNDIS_PKT, 1, NO_SECTION, 0).ljust(
     PADDED_MESSAGE, b"\0"
 )
-COMPLETION_BYTES = 16 + PADDED_MESSAGE + 8
 GUEST_CONTROL_TYPES = frozenset(
     (
         rndis.RNDIS_MSG_INIT,
@@ -64,9 +62,9 @@ class ControlPacket(NamedTuple):
     """One control message from the guest, whole and inside private memory."""
 
     kind: str
-    """``inband`` (an NVSP message), ``completion`` (of the host's in-band request), ``rndis``, or
+    """``inband`` (an NVSP message), ``completion`` (of the host's in-band request), ``rndis``,
     ``revoked``: the data path let go of the buffer whose kind is the payload (``receive`` or
-    ``send``)."""
+    ``send``), or ``closed``: it let go of the queue whose index is the transaction id."""
     transaction_id: int
     completion_requested: bool
     """Already answered by the channel for ``rndis``."""
@@ -83,7 +81,7 @@ class Malformed(ValueError):
 
 
 class Channel:
-    """Ring pair, buffers and counters of one channel; `endpoint` is what a switch port is attached to."""
+    """Queues, buffers and counters of one NIC; `endpoint` is what a switch port is attached to."""
 
     def __init__(
         self,
@@ -94,19 +92,15 @@ class Channel:
         interrupt: Interrupt,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        """Maps the rings. Raises ValueError or MemoryAccessError if they are not inside the guest's
-        memory."""
-        pages = len(ring_pfns)
-        if not 2 <= downstream_page_offset <= pages - 2:
-            raise ValueError(
-                f"downstream ring at page {downstream_page_offset} of {pages}: each ring needs two"
-            )
-        upstream = list(ring_pfns[:downstream_page_offset])
-        downstream = list(ring_pfns[downstream_page_offset:])
+        """Maps the primary channel's rings. Raises ValueError or MemoryAccessError if they are not inside
+        the guest's memory. ``doorbell_fd`` is signalled for all queues."""
         self._memory = memory
-        self._reader = RingReader(memory.view(upstream, 0, len(upstream) * PAGE))
-        self._writer = RingWriter(memory.view(downstream, 0, len(downstream) * PAGE))
-        self._interrupt = interrupt
+        primary = Queue(0, memory, ring_pfns, downstream_page_offset, interrupt, self._taped)
+        self._queues: dict[int, Queue] = {0: primary}
+        self._primary = primary
+        self._per_queue: dict[int, Counter[str]] = {0: primary.counters}
+        self._turn = 0
+        self._rss: Rss | None = None
         self._clock_ns = clock_ns
         self.wake_fd = doorbell_fd
         self.control_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -116,11 +110,8 @@ class Channel:
         self._settings = receive_path.Settings()
         self._data = False
         self._frames: deque[Frame] = deque()
-        self._completions: deque[tuple[int, bytes]] = deque()
         self._backlog: deque[tuple[bool, bytes]] = deque()
         self._backlog_bytes = 0
-        self._groups: list[list[tuple[int, int]]] = []
-        self._masked = False
         self._closed = False
         self._fault: str | None = None
         self._counters: Counter[str] = Counter()
@@ -151,7 +142,7 @@ class Channel:
 
     def send_completion(self, transaction_id: int, payload: bytes) -> None:
         """Completes a guest's in-band packet."""
-        self._completions.append((transaction_id, payload))
+        self._primary.completions.append((transaction_id, payload))
         self.flush()
 
     def send_rndis(self, message: bytes) -> None:
@@ -175,7 +166,7 @@ class Channel:
 
     def revoke_receive_buffer(self) -> None:
         """The guest takes its receive buffer back: nothing is written to it from here on."""
-        self._groups.clear()
+        self._forget_groups()
         self._backlog = deque(item for item in self._backlog if not item[0])
         self._backlog_bytes = sum(len(item[1]) for item in self._backlog)
         self._receive = None
@@ -207,9 +198,42 @@ class Channel:
         """Largest frame with Ethernet header, tag not counted."""
         self._settings.mtu = mtu
 
+    def set_rss(self, key: bytes, table: Sequence[int], types: int) -> None:
+        """Spreads frames over the queues by the guest's RSS parameters; an empty table ends that."""
+        self._rss = Rss(key, table, types) if table else None
+
+    def open_queue(
+        self,
+        index: int,
+        ring_pfns: Sequence[int],
+        downstream_page_offset: int,
+        interrupt: Interrupt,
+    ) -> None:
+        """Takes the rings of sub-channel ``index`` into use. Raises ValueError or MemoryAccessError."""
+        if not 0 < index < limits.MAX_QUEUES or index in self._queues:
+            raise ValueError(f"queue {index} is open already or out of range")
+        queue = Queue(index, self._memory, ring_pfns, downstream_page_offset, interrupt, self._taped)
+        queue.counters = self._per_queue.setdefault(index, queue.counters)
+        self._queues[index] = queue
+
+    def close_queue(self, index: int) -> None:
+        """Lets go of a sub-channel's rings; the control message ``closed`` says that it has happened. What
+        the guest has not completed there counts as lost: it gets no completion."""
+        queue = self._queues.pop(index) if index and index in self._queues else None
+        if queue is not None and self._receive is not None:
+            for group in queue.groups:
+                for place, _ in group:
+                    self._receive.put_back(place)
+            self._receive.reclaim(index)
+        self._queue_control(ControlPacket("closed", index, False, b""))
+
     def stats(self) -> dict[str, int]:
-        """Counters since the channel was opened."""
-        return dict(self._counters)
+        """Counters since the channel was opened, over all queues."""
+        return dict(sum(self._per_queue.values(), Counter(self._counters)))
+
+    def queue_stats(self) -> list[dict[str, int]]:
+        """Counters of each queue that was ever open, by index; empty where one was skipped."""
+        return [dict(self._per_queue.get(index, Counter())) for index in range(max(self._per_queue) + 1)]
 
     def drops(self) -> dict[int, int]:
         """Frames that this channel itself refused, by drop-reason code, both directions."""
@@ -232,7 +256,7 @@ class Channel:
         self._receive = None
         self._send = None
         self._frames.clear()
-        self._groups.clear()
+        self._queues.clear()
         os.close(self.control_fd)
 
     # Data plane: what the switch's engine calls.
@@ -241,9 +265,6 @@ class Channel:
         """Frames from the guest, at most ``limit``; fewer means that nothing more is there now."""
         if not self._alive():
             return []
-        if not self._masked:
-            self._reader.mask()
-            self._masked = True
         frames: list[Frame] = []
         try:
             taken = 0
@@ -251,19 +272,33 @@ class Channel:
                 while self._frames and len(frames) < limit:
                     frames.append(self._frames.popleft())
                 # Control packets and completions count as work, so that no flood of them holds the engine.
-                if len(frames) == limit or taken >= limit or self._stalled():
+                if len(frames) == limit or taken >= limit:
                     break
-                packets = self._reader.read(min(limit - len(frames), limit - taken))
+                packets = self._read(min(limit - len(frames), limit - taken))
                 if not packets:
                     break
                 taken += len(packets)
-                for raw in packets:
-                    self._take_packet(bytes(raw))
         except WireError as error:
             self._lose(str(error))
         if not frames:
             self.flush()
         return frames
+
+    def _read(self, limit: int) -> list[bytes]:
+        """Packets of the next queue that has any, taken in; the queues have turns."""
+        order = list(self._queues.values())
+        for offset in range(len(order)):
+            place = (self._turn + offset) % len(order)
+            queue = order[place]
+            if queue.stalled:
+                continue
+            packets = queue.read(limit)
+            if packets:
+                self._turn = place + 1
+                for raw in packets:
+                    self._take_packet(queue, bytes(raw))
+                return packets
+        return []
 
     def take_drops(self) -> dict[DropReason, int]:
         """Drops on the way in since the last call, for the port's counters."""
@@ -283,47 +318,47 @@ class Channel:
         if not self._alive():
             return
         try:
-            self._write_completions()
-            self._write_groups()
-            self._write_backlog()
-            data = self._writer.commit()
-            space = self._reader.commit()
+            for queue in list(self._queues.values()):
+                queue.write_completions()
+                queue.write_groups(self._receive, DATA_107)
+                if queue is self._primary:
+                    self._write_backlog()
+                queue.commit()
         except WireError as error:
             self._lose(str(error))
-            return
-        if data or space:
-            self._counters["signals"] += 1
-            self._interrupt.signal()
 
     def rearm(self) -> bool:
         """Lets the guest signal again; True = packets arrived meanwhile."""
         if not self._alive():
             return False
-        self._masked = False
         try:
-            arrived = self._reader.unmask()
+            arrived = [queue.rearm() for queue in self._queues.values()]
         except WireError as error:
             self._lose(str(error))
             return False
-        # While completions wait for room, new packets stay unread: the guest's next read wakes us.
-        return bool(self._frames) or (arrived and not self._stalled())
+        return bool(self._frames) or any(arrived)
 
     # From the guest.
 
     def _alive(self) -> bool:
         return not self._closed and self._fault is None
 
-    def _stalled(self) -> bool:
-        return len(self._completions) >= limits.MAX_COMPLETIONS_QUEUED
+    def _taped(self, encoded: bytes) -> None:
+        if self._tape is not None:
+            self._tape.push(self._clock_ns(), "out", encoded)
+
+    def _forget_groups(self) -> None:
+        for queue in self._queues.values():
+            queue.groups.clear()
 
     def _lose(self, text: str) -> None:
         if self._fault is None:
             self._fault = text
-            self._groups.clear()
+            self._forget_groups()
             self._frames.clear()
             signal_fd(self.control_fd)
 
-    def _take_packet(self, raw: bytes) -> None:
+    def _take_packet(self, queue: Queue, raw: bytes) -> None:
         if not self._alive():
             return
         if self._tape is not None:
@@ -339,23 +374,25 @@ class Channel:
             if kind != packet.VM_PKT_DATA_USING_GPA_DIRECT:
                 self._lose(str(error))
                 return
-            self._refuse(transaction_id, requested)
+            self._refuse(queue, transaction_id, requested)
             return
         if kind == packet.VM_PKT_COMP:
-            self._take_completion(transaction_id, decoded.payload)
+            self._take_completion(queue, transaction_id, decoded.payload)
             return
         message_type = int.from_bytes(decoded.payload[:4], "little")
         if len(decoded.payload) < 4:
             self._lose("an NVSP message shorter than its type")
         elif message_type == nvsp.NVSP_MSG1_TYPE_SEND_RNDIS_PKT:
-            self._take_rndis(decoded, requested)
+            self._take_rndis(queue, decoded, requested)
         elif kind == packet.VM_PKT_DATA_USING_GPA_DIRECT:
             self._lose(f"NVSP message {message_type} in a GPA-direct packet")
+        elif queue is not self._primary:
+            self._lose(f"NVSP message {message_type} on sub-channel {queue.index}")
         else:
             self._queue_control(ControlPacket("inband", transaction_id, requested, decoded.payload))
 
-    def _take_completion(self, transaction_id: int, payload: bytes) -> None:
-        if transaction_id & CONTROL_ID_BIT:
+    def _take_completion(self, queue: Queue, transaction_id: int, payload: bytes) -> None:
+        if transaction_id & CONTROL_ID_BIT and queue is self._primary:
             self._queue_control(ControlPacket("completion", transaction_id, False, payload))
             return
         message_type = int.from_bytes(payload[:4], "little")
@@ -365,28 +402,28 @@ class Channel:
         if self._receive is None:
             return
         try:
-            self._receive.completed(transaction_id)
+            self._receive.completed(transaction_id, queue.index)
         except ReceiveBufferError as error:
             self._lose(str(error))
             return
         if int.from_bytes(payload[4:8], "little") != NVSP_SUCCESS:
             self._counters["receive_failures"] += 1
 
-    def _take_rndis(self, decoded: packet.Packet, requested: bool) -> None:
+    def _take_rndis(self, queue: Queue, decoded: packet.Packet, requested: bool) -> None:
         status = NVSP_SUCCESS
         try:
             channel_type, data = self._gather(decoded)
             if channel_type == 0:
-                status = self._take_data(data)
-            elif channel_type == 1:
+                status = self._take_data(queue, data)
+            elif channel_type == 1 and queue is self._primary:
                 self._take_control_message(decoded.transaction_id, data)
             else:
-                raise Malformed(f"RNDIS channel type {channel_type}")
+                raise Malformed(f"RNDIS channel type {channel_type} on queue {queue.index}")
         except (Malformed, WireError):
-            self._refuse(decoded.transaction_id, requested)
+            self._refuse(queue, decoded.transaction_id, requested)
             return
         if requested:
-            self._complete(decoded.transaction_id, status)
+            self._complete(queue, decoded.transaction_id, status)
 
     def _gather(self, decoded: packet.Packet) -> tuple[int, bytes]:
         """The RNDIS bytes of a 107: its send section, then its GPA ranges."""
@@ -413,14 +450,14 @@ class Channel:
                 data += view.read(0, piece.byte_count)
         return channel_type, bytes(data)
 
-    def _take_data(self, data: bytes) -> int:
+    def _take_data(self, queue: Queue, data: bytes) -> int:
         if not self._data:
             self._drop(DropReason.NOT_READY)
             return NVSP_FAILURE
         frames, malformed = rndis_data.parse_messages(data)
         self._frames.extend(frames)
-        self._counters["frames_from_guest"] += len(frames)
-        self._counters["bytes_from_guest"] += sum(len(frame.data) for frame in frames)
+        queue.counters["frames_from_guest"] += len(frames)
+        queue.counters["bytes_from_guest"] += sum(len(frame.data) for frame in frames)
         if malformed is None:
             return NVSP_SUCCESS
         self._counters["malformed"] += 1
@@ -453,19 +490,19 @@ class Channel:
         self._control.append(item)
         signal_fd(self.control_fd)
 
-    def _refuse(self, transaction_id: int, requested: bool) -> None:
+    def _refuse(self, queue: Queue, transaction_id: int, requested: bool) -> None:
         self._counters["malformed"] += 1
         self._drop(DropReason.INVALID_PACKET)
         if requested:
-            self._complete(transaction_id, NVSP_FAILURE)
+            self._complete(queue, transaction_id, NVSP_FAILURE)
 
     def _drop(self, reason: DropReason) -> None:
         self._drops[reason] += 1
         self._untold_drops[reason] += 1
 
-    def _complete(self, transaction_id: int, status: int) -> None:
+    def _complete(self, queue: Queue, transaction_id: int, status: int) -> None:
         message = struct.pack("<2I", nvsp.NVSP_MSG1_TYPE_SEND_RNDIS_PKT_COMPLETE, status)
-        self._completions.append((transaction_id, message.ljust(PADDED_MESSAGE, b"\0")))
+        queue.completions.append((transaction_id, message.ljust(PADDED_MESSAGE, b"\0")))
 
     # To the guest.
 
@@ -477,77 +514,37 @@ class Channel:
         reason = receive_path.refusal(frame, self._settings)
         if reason is not None:
             return reason
-        run = receive_path.messages(frame, self._settings, self._counters)
+        queue, hashed = self._place(frame)
+        run = receive_path.messages(frame, self._settings, self._counters, hashed)
         if isinstance(run, DropReason):
             return run
         if max(map(len, run.messages)) > self._receive.size:
             return DropReason.MTU_MISMATCH
         if self._receive.free_count - len(run.messages) < limits.CONTROL_RESERVE:
             return DropReason.RESOURCES
-        if not self._room_for(run):
+        try:
+            if not queue.room_for(run):
+                return DropReason.RESOURCES
+        except WireError as error:
+            self._lose(str(error))
             return DropReason.RESOURCES
         for number, message in enumerate(run.messages):
             index = self._receive.take()
             if index is None:
                 raise AssertionError("the receive buffer lost sub-allocations that were just counted")
             self._receive.write(index, message)
-            self._group_for(run, number).append((index, len(message)))
-        self._counters["frames_to_guest"] += 1
-        self._counters["bytes_to_guest"] += len(frame.data)
+            queue.group_for(run, number).append((index, len(message)))
+        queue.counters["frames_to_guest"] += 1
+        queue.counters["bytes_to_guest"] += len(frame.data)
         return None
 
-    def _group_for(self, run: receive_path.Run, number: int) -> list[tuple[int, int]]:
-        """The transfer-pages packet that the next range belongs to; a coalesced run never spans two."""
-        need = len(run.messages) if run.coalesced and number == 0 else 1
-        limit = limits.MAX_RSC_RANGES if run.coalesced else limits.MAX_RANGES_PER_PACKET
-        if not self._groups or len(self._groups[-1]) + need > limit:
-            self._groups.append([])
-        return self._groups[-1]
-
-    def _room_for(self, run: receive_path.Run) -> bool:
-        """Whether the ring will surely take all that is pending and this run, even if it starts
-        packets anew."""
-        ranges = sum(map(len, self._groups)) + len(run.messages)
-        packets = len(self._groups) + 1 + len(run.messages) // limits.MAX_RANGES_PER_PACKET
-        needed = packets * (24 + PADDED_MESSAGE + 8) + 8 * ranges + COMPLETION_BYTES * len(self._completions)
-        try:
-            return self._writer.free > needed
-        except WireError as error:
-            self._lose(str(error))
-            return False
-
-    def _write(self, encoded: bytes) -> bool:
-        if not self._writer.write(encoded):
-            return False
-        if self._tape is not None:
-            self._tape.push(self._clock_ns(), "out", encoded)
-        return True
-
-    def _write_completions(self) -> None:
-        while self._completions:
-            transaction_id, payload = self._completions[0]
-            if not self._write(packet.encode_completion(transaction_id, payload)):
-                return
-            self._completions.popleft()
-
-    def _write_groups(self) -> None:
-        groups, self._groups = self._groups, []
-        for group in groups:
-            if self._receive is None:
-                return
-            transaction_id = self._receive.sent([index for index, _ in group])
-            if not self._write_transfer(transaction_id, group, DATA_107):
-                # _room_for was wrong only if the guest moved its read index back: a lie.
-                self._lose("the ring towards the guest shrank while frames were on their way")
-                return
-
-    def _write_transfer(self, transaction_id: int, group: list[tuple[int, int]], message: bytes) -> bool:
-        if self._receive is None:
-            return False
-        ranges = [packet.TransferRange(length, index * self._receive.size) for index, length in group]
-        return self._write(
-            packet.encode_transfer_pages(transaction_id, self._receive.buffer_id, ranges, message, True)
-        )
+    def _place(self, frame: Frame) -> tuple[Queue, tuple[int, int] | None]:
+        """The frame's queue, and its hash value and type; queue 0 where there is no other."""
+        placed = None if self._rss is None else self._rss.place(frame.data)
+        if placed is None:
+            return self._primary, None
+        index, value, kind = placed
+        return self._queues.get(index, self._primary), (value, kind)
 
     def _post(self, is_rndis: bool, item: bytes) -> None:
         if self._backlog_bytes + len(item) > limits.MAX_CONTROL_BACKLOG_BYTES:
@@ -560,7 +557,7 @@ class Channel:
     def _write_backlog(self) -> None:
         while self._backlog:
             is_rndis, item = self._backlog[0]
-            if not (self._write_control(item) if is_rndis else self._write(item)):
+            if not (self._write_control(item) if is_rndis else self._primary.write(item)):
                 return
             self._backlog.popleft()
             self._backlog_bytes -= len(item)
@@ -573,8 +570,9 @@ class Channel:
         if index is None:
             return False
         self._receive.write(index, message)
-        if not self._write_transfer(index, [(index, len(message))], CONTROL_107):
+        encoded = encode_transfer(self._receive, index, [(index, len(message))], CONTROL_107)
+        if not self._primary.write(encoded):
             self._receive.put_back(index)
             return False
-        self._receive.sent([index])
+        self._receive.sent([index], 0)
         return True

@@ -195,6 +195,7 @@ class Handshake:
 
     def _sub_channels(self, message: nvsp.SubchannelRequest) -> bytes:
         self._require(nvsp.NvspVersion.V5, "SUBCHANNEL")
+        # All or nothing: a guest waits without a limit for every sub-channel that it was granted.
         granted = (
             message.operation == nvsp.NVSP_SUBCHANNEL_ALLOCATE
             and 0 < message.count <= self.sub_channel_limit

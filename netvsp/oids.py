@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from netvsp import limits
 from netvsp.offload import RX, TX, InvalidParameters, NotOffered, OffloadState
+from netvsp.rss import TOEPLITZ
 from vswitch_wire import ndis, rndis
 from vswitch_wire.errors import WireError
 
@@ -193,15 +194,28 @@ def set_encapsulation(adapter: Adapter, data: bytes) -> None:
 def set_rss(adapter: Adapter, data: bytes) -> None:
     """OID_GEN_RECEIVE_SCALE_PARAMETERS; switching it off needs neither key nor table."""
     wanted = _decoded(ndis.RssParameters.unpack, data)
+    before = adapter.rss
     if not wanted.enabled:
-        adapter.rss = RssState()
+        adapter.rss = RssState(False, before.key, before.table, before.hash_info)
         return
-    if not wanted.key or not wanted.indirection_table:
+    unchanged = wanted.flags
+    key = before.key if unchanged & ndis.NDIS_RSS_PARAM_FLAG_HASH_KEY_UNCHANGED else wanted.key
+    table = (
+        before.table if unchanged & ndis.NDIS_RSS_PARAM_FLAG_ITABLE_UNCHANGED else wanted.indirection_table
+    )
+    types = wanted.hash_information
+    if unchanged & ndis.NDIS_RSS_PARAM_FLAG_HASH_INFO_UNCHANGED:
+        types = before.hash_info
+    if not key or not table:
         raise OidError(rndis.RNDIS_STATUS_INVALID_DATA, "RSS switched on without a key or a table")
-    highest = max(wanted.indirection_table)
+    if types & 0xFF != TOEPLITZ:
+        raise OidError(
+            rndis.RNDIS_STATUS_INVALID_DATA, f"RSS hash function {types & 0xFF}: Toeplitz (1) only"
+        )
+    highest = max(table)
     if highest >= adapter.max_queues:
         raise OidError(rndis.RNDIS_STATUS_INVALID_DATA, f"RSS queue {highest} of {adapter.max_queues}")
-    adapter.rss = RssState(True, wanted.key, wanted.indirection_table, wanted.hash_information)
+    adapter.rss = RssState(True, key, table, types)
 
 
 def set_config_parameter(adapter: Adapter, data: bytes) -> None:

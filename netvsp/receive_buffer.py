@@ -2,7 +2,8 @@
 
 Twin of ``native/netvsp/src/receive_buffer.rs``. One section at offset 0; sub-allocation i starts at i *
 size. A sub-allocation that has gone out belongs to the guest until its completion with the transaction id
-of the packet, which is the index of the packet's first sub-allocation.
+of the packet, which is the index of the packet's first sub-allocation, on the queue that carried the packet.
+All queues of a NIC share the one buffer.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class ReceiveBuffer:
         self.size = size
         self.count = count
         self._free = list(range(count - 1, -1, -1))
-        self._held: dict[int, list[int]] = {}
+        self._held: dict[int, tuple[int, list[int]]] = {}
 
     @property
     def free_count(self) -> int:
@@ -48,16 +49,22 @@ class ReceiveBuffer:
         """Returns a sub-allocation that was taken but never sent."""
         self._free.append(index)
 
-    def sent(self, indices: list[int]) -> int:
-        """Notes that ``indices`` went out in one packet; its transaction id."""
-        self._held[indices[0]] = indices
+    def sent(self, indices: list[int], queue: int) -> int:
+        """Notes that ``indices`` went out in one packet of ``queue``; its transaction id."""
+        self._held[indices[0]] = queue, indices
         return indices[0]
 
-    def completed(self, transaction_id: int) -> int:
-        """The guest gave a packet's sub-allocations back; how many. Raises ReceiveBufferError if it
-        held none."""
-        indices = self._held.pop(transaction_id, None)
-        if indices is None:
+    def completed(self, transaction_id: int, queue: int) -> int:
+        """The guest gave a packet's sub-allocations back on the queue it came by; how many. Raises
+        ReceiveBufferError if it held none."""
+        holder, indices = self._held.get(transaction_id, (-1, []))
+        if holder != queue:
             raise ReceiveBufferError(f"receive completion {transaction_id:#x} matches no packet sent")
+        del self._held[transaction_id]
         self._free.extend(reversed(indices))
         return len(indices)
+
+    def reclaim(self, queue: int) -> None:
+        """The queue is closed: what went out by it comes back by itself."""
+        for transaction_id in [number for number, held in self._held.items() if held[0] == queue]:
+            self.completed(transaction_id, queue)

@@ -82,12 +82,14 @@ def passes_filter(destination: bytes, settings: Settings) -> bool:
     return bool(bits & ndis.NDIS_PACKET_TYPE_DIRECTED) and destination == settings.address
 
 
-def messages(frame: Frame, settings: Settings, counters: Counter[str]) -> Run | DropReason:
+def messages(
+    frame: Frame, settings: Settings, counters: Counter[str], hashed: tuple[int, int] | None = None
+) -> Run | DropReason:
     """The frame as RNDIS messages for this guest, or why not: headers that contradict the offload metadata,
-    segments above the MTU."""
+    segments above the MTU. ``hashed``: the frame's RSS hash and its type, for the guest."""
     offload = frame.offload
     if offload.mss:
-        return _large(frame, settings, counters)
+        return _large(frame, settings, counters, hashed)
     transport = None
     if offload.checksum is not Checksum.NONE:
         transport = checksum.find_transport(frame.data)
@@ -97,7 +99,7 @@ def messages(frame: Frame, settings: Settings, counters: Counter[str]) -> Run | 
         # Nothing to vouch for is fine; a checksum to complete in a frame without one is not.
         if offload.checksum is Checksum.PARTIAL:
             return DropReason.INVALID_PACKET
-        return Run([build_packet(frame, frame.data)])
+        return Run([build_packet(frame, frame.data, hashed=hashed)])
     flags = known_good(transport, settings.offload)
     data = frame.data
     if offload.checksum is Checksum.PARTIAL:
@@ -108,7 +110,7 @@ def messages(frame: Frame, settings: Settings, counters: Counter[str]) -> Run | 
             counters["checksums_completed"] += 1
             data = bytearray(data)
             checksum.complete_transport_checksum(data, transport)
-    return Run([build_packet(frame, data, flags)])
+    return Run([build_packet(frame, data, flags, hashed=hashed)])
 
 
 def known_good(transport: checksum.Transport, enabled: int) -> int:
@@ -123,7 +125,9 @@ def known_good(transport: checksum.Transport, enabled: int) -> int:
     return flags
 
 
-def _large(frame: Frame, settings: Settings, counters: Counter[str]) -> Run | DropReason:
+def _large(
+    frame: Frame, settings: Settings, counters: Counter[str], hashed: tuple[int, int] | None
+) -> Run | DropReason:
     """A large send: one coalesced run for a guest that takes RSC, else segments made in software."""
     transport = checksum.find_transport(frame.data)
     if transport is None or transport.protocol != checksum.TCP:
@@ -137,10 +141,10 @@ def _large(frame: Frame, settings: Settings, counters: Counter[str]) -> Run | Dr
     if len(segments[0]) > settings.mtu + 4:
         return DropReason.MTU_MISMATCH
     if settings.offload & (RSC_IPV4 if transport.ip_version == 4 else RSC_IPV6) and len(segments) > 1:
-        return _coalesced(frame, transport, segments, settings, counters)
+        return _coalesced(frame, transport, segments, settings, counters, hashed)
     counters["large_sends_segmented"] += 1
     flags = known_good(transport, settings.offload)
-    return Run([build_packet(frame, piece, flags) for piece in segments])
+    return Run([build_packet(frame, piece, flags, hashed=hashed) for piece in segments])
 
 
 def _coalesced(
@@ -149,6 +153,7 @@ def _coalesced(
     segments: list[bytearray],
     settings: Settings,
     counters: Counter[str],
+    hashed: tuple[int, int] | None,
 ) -> Run:
     """The whole large packet in pieces: headers in the first, payload alone in the others."""
     whole = coalesced_frame(frame.data, transport)
@@ -164,7 +169,7 @@ def _coalesced(
         mark = rndis.PACKET_ID_MULTI_SUB_ALLOCATION
         mark |= rndis.PACKET_ID_FIRST_FRAGMENT if number == 0 else 0
         mark |= rndis.PACKET_ID_LAST_FRAGMENT if end == len(whole) else 0
-        run.messages.append(build_packet(frame, whole[start:end], flags, rndis.PacketId(mark, 0)))
+        run.messages.append(build_packet(frame, whole[start:end], flags, rndis.PacketId(mark, 0), hashed))
     counters["large_sends_coalesced"] += 1
     return run
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from netvsp import checksum
+from netvsp.rss import TOEPLITZ
 from vswitch.endpoint import NO_OFFLOAD, Checksum, Frame, Offload
 from vswitch_wire import rndis
 from vswitch_wire.errors import WireError
@@ -137,8 +138,10 @@ def build_packet(
     data: bytes | bytearray,
     checksum_flags: int = 0,
     packet_id: rndis.PacketId | None = None,
+    hashed: tuple[int, int] | None = None,
 ) -> bytes:
-    """One PACKET message towards a guest: ``data`` with the tag, checksum and coalescing info of ``frame``.
+    """One PACKET message towards a guest: ``data`` with the tag of ``frame``, checksum, hash (value, type)
+    and coalescing info.
 
     Its length is exact, without padding, because guests copy by it.
     """
@@ -147,6 +150,9 @@ def build_packet(
         records.append(rndis.ppi_u32(rndis.IEEE_8021Q_INFO, rndis.vlan_info_from_tci(frame.vlan_tci)))
     if checksum_flags:
         records.append(rndis.ppi_u32(rndis.TCPIP_CHKSUM_PKTINFO, checksum_flags))
+    if hashed is not None:
+        records.append(rndis.ppi_u32(rndis.NBL_HASH_VALUE, hashed[0]))
+        records.append(rndis.ppi_u32(rndis.NBL_HASH_INFO, hashed[1] | TOEPLITZ))
     if packet_id is not None:
         kind = rndis.RNDIS_PKTINFO_INTERNAL | rndis.RNDIS_PKTINFO_ID
         records.append(rndis.PerPacketInfo(kind, packet_id.pack()))

@@ -99,6 +99,9 @@ NDIS_HASH_IPV6 = 0x400
 NDIS_HASH_IPV6_EX = 0x800
 NDIS_HASH_TCP_IPV6 = 0x1000
 NDIS_HASH_TCP_IPV6_EX = 0x2000
+NDIS_RSS_PARAM_FLAG_HASH_INFO_UNCHANGED = 0x02
+NDIS_RSS_PARAM_FLAG_ITABLE_UNCHANGED = 0x04
+NDIS_RSS_PARAM_FLAG_HASH_KEY_UNCHANGED = 0x08
 NDIS_RSS_PARAM_FLAG_DISABLE_RSS = 0x10
 RSS_CAPABILITIES_SIZE = 18
 RSS_KEY_SIZE = 40
@@ -167,7 +170,10 @@ class RssParameters:
     @property
     def enabled(self) -> bool:
         """RSS is on: not switched off by flag and with a hash function."""
-        return not self.flags & NDIS_RSS_PARAM_FLAG_DISABLE_RSS and bool(self.hash_information & 0xFF)
+        kept = bool(self.flags & NDIS_RSS_PARAM_FLAG_HASH_INFO_UNCHANGED)
+        return not self.flags & NDIS_RSS_PARAM_FLAG_DISABLE_RSS and (
+            kept or bool(self.hash_information & 0xFF)
+        )
 
     def pack(self) -> bytes:
         """The object, Linux's layout. Raises WireError when a value does not fit its field."""

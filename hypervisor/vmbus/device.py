@@ -61,7 +61,9 @@ class OpenedChannel:
 class VmbusDevice(Protocol):
     """A device that can be offered.
 
-    It may also have `user_data: bytes` (120 at most) and `channel_flags: int` for its offers.
+    It may also have `user_data: bytes` (120 at most) and `channel_flags: int` for its offers, and
+    `shares_doorbell: bool`: True = its sub-channels' doorbells are the primary channel's, so that one wake-up
+    serves all its rings.
     """
 
     class_id: UUID

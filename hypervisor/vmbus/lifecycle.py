@@ -57,7 +57,7 @@ class ChannelLifecycle:
             memory=self._synic.memory,
             ring_pfns=pfns,
             downstream_page_offset=message.downstream_page_offset,
-            doorbell_fd=os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC),
+            doorbell_fd=self._doorbell(channel),
             interrupt=channel.interrupt.interrupt,
             user_data=message.user_data,
             gpadl=functools.partial(self._server.gpadls.use, channel.relid),
@@ -67,6 +67,14 @@ class ChannelLifecycle:
         )
         channel.state = ChannelState.OPENING
         self.run(channel, self._open(channel, opened))
+
+    def _doorbell(self, channel: Channel) -> int:
+        """The eventfd that the guest signals: the primary's for a device that serves all rings at once."""
+        if channel.sub_channel_index and getattr(channel.device, "shares_doorbell", False):
+            primary = self._server.primary_of(channel)
+            if primary is not None and primary.opened is not None:
+                return os.dup(primary.opened.doorbell_fd)
+        return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     async def _open(self, channel: Channel, opened: OpenedChannel) -> None:
         device = channel.device

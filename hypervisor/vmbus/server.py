@@ -412,9 +412,17 @@ class VmbusServer:
             key = (primary.class_id, primary.instance_id, index)
             # One that is rescinded and waits for RELID_RELEASED does not stand in the way: the guest may ask
             # again before it has let go of the old one, and waits for the new one without a limit.
-            if any(entry.key == key and not entry.revoked for entry in self._channels.values()):
+            if any(
+                entry.key == key and not (entry.revoked or entry.revoking)
+                for entry in self._channels.values()
+            ):
                 continue
             self._offer_channel(self._add_channel(key, device))
+
+    def primary_of(self, channel: Channel) -> Channel | None:
+        """The primary channel of the device that `channel` belongs to."""
+        key = (*channel.key[:2], 0)
+        return next((entry for entry in self._channels.values() if entry.key == key), None)
 
     def report_fault(self, channel: Channel, opened: OpenedChannel, text: str) -> None:
         """`OpenedChannel.report_fault`; from any thread."""

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.skipif(not vswitch_native.AVAILABLE, reason=f"native en
 
 PAGE = 4096
 RING = 8
-RECEIVE, RECEIVE_PAGES, SEND, SEND_PAGES, SCRATCH = 32, 64, 128, 16, 160
+QUEUES = 3
+RECEIVE, RECEIVE_PAGES, SEND, SEND_PAGES, SCRATCH = 64, 64, 128, 16, 160
 MAC = bytes.fromhex("02155d000001")
 PEER = bytes.fromhex("02155d000002")
 SIZE = 1 << 20
@@ -37,8 +38,8 @@ class Side:
     channel: Any
     endpoint: Any
     memory: GuestMemory
-    writer: RingWriter
-    reader: RingReader
+    writers: list[RingWriter]
+    readers: list[RingReader]
     close: Any
     seen: dict[str, Any] = field(default_factory=dict)
 
@@ -49,9 +50,10 @@ def make_side(engine: Engine, offload: int) -> Side:
     fd = create_region("twin", SIZE)
     regions = [Region(0, SIZE, fd)]
     mine, hosts = GuestMemory(regions), memory_class(engine)(regions)
-    doorbell, irq = (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2))
-    interrupt = interrupt_class(engine)(hosts, irq)
-    pfns = list(range(1, 1 + 2 * RING))
+    doorbell, *irqs = (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(1 + QUEUES))
+    interrupt, *others = (interrupt_class(engine)(hosts, irq) for irq in irqs)
+    rings = [list(range(1 + 2 * RING * index, 1 + 2 * RING * (index + 1))) for index in range(QUEUES)]
+    pfns = rings[0]
     if engine == "python":
         channel: Any = Channel(hosts, pfns, RING, doorbell, interrupt)
         endpoint: Any = channel.endpoint()
@@ -66,6 +68,8 @@ def make_side(engine: Engine, offload: int) -> Side:
     channel.set_data(True)
     channel.set_filter(0x2D, MAC)
     channel.set_offload(offload)
+    for index, other in enumerate(others, 1):
+        channel.open_queue(index, rings[index], RING, other)
 
     def close() -> None:
         if engine == "native":
@@ -73,12 +77,12 @@ def make_side(engine: Engine, offload: int) -> Side:
         channel.close()
         hosts.close()
         mine.close()
-        for number in (fd, doorbell, irq):
+        for number in (fd, doorbell, *irqs):
             os.close(number)
 
-    writer = RingWriter(mine.view(pfns[:RING], 0, RING * PAGE))
-    reader = RingReader(mine.view(pfns[RING:], 0, RING * PAGE))
-    return Side(channel, endpoint, mine, writer, reader, close)
+    writers = [RingWriter(mine.view(ring[:RING], 0, RING * PAGE)) for ring in rings]
+    readers = [RingReader(mine.view(ring[RING:], 0, RING * PAGE)) for ring in rings]
+    return Side(channel, endpoint, mine, writers, readers, close)
 
 
 def pair(offload: int = 0) -> SimpleNamespace:
@@ -86,33 +90,41 @@ def pair(offload: int = 0) -> SimpleNamespace:
 
 
 def sent_to_guest(side: Side) -> list[Any]:
-    """What the guest reads: completions, and the RNDIS messages of receive packets without their places."""
+    """What the guest reads by queue: completions, and the RNDIS messages of receive packets without their
+    places."""
     out: list[Any] = []
-    for raw in side.reader.read(10_000):
-        entry = packet.decode(bytes(raw))
-        if entry.type == packet.VM_PKT_DATA_USING_XFER_PAGES:
-            ranges = [
-                side.memory.read(RECEIVE * PAGE + piece.byte_offset, piece.byte_count)
-                for piece in entry.transfer_ranges
-            ]
-            out.append((entry.transfer_set_id, entry.payload, ranges))
-        else:
-            out.append(entry)
-    side.reader.commit()
+    for index, reader in enumerate(side.readers):
+        for raw in reader.read(10_000):
+            entry = packet.decode(bytes(raw))
+            if entry.type == packet.VM_PKT_DATA_USING_XFER_PAGES:
+                ranges = [
+                    side.memory.read(RECEIVE * PAGE + piece.byte_offset, piece.byte_count)
+                    for piece in entry.transfer_ranges
+                ]
+                out.append((index, entry.transfer_set_id, entry.payload, ranges))
+            else:
+                out.append((index, entry))
+        reader.commit()
     return out
 
 
-def run(side: Side, batches: list[list[bytes]], scratch: bytes) -> dict[str, Any]:
+def counters(side: Side) -> Any:
+    """Counters that are not zero, of the channel and of each queue."""
+    queues = [{name: count for name, count in queue.items() if count} for queue in side.channel.queue_stats()]
+    return {name: count for name, count in side.channel.stats().items() if count}, queues
+
+
+def run(side: Side, batches: list[tuple[int, list[bytes]]], scratch: bytes) -> dict[str, Any]:
     """Posts the packets and drains the host; everything that can be told apart from outside."""
     side.memory.write(SCRATCH * PAGE, scratch[: 16 * PAGE])
     side.memory.write(SEND * PAGE, scratch[: SEND_PAGES * PAGE])
     frames: list[Frame] = []
     drops: dict[int, int] = {}
     output: list[Any] = []
-    for batch in batches:
+    for queue, batch in batches:
         for encoded in batch:
-            side.writer.write(encoded)
-        side.writer.commit()
+            side.writers[queue].write(encoded)
+        side.writers[queue].commit()
         signal_fd(side.endpoint.wake_fd)
         for _ in range(8):
             while got := side.endpoint.receive(64):
@@ -132,7 +144,7 @@ def run(side: Side, batches: list[list[bytes]], scratch: bytes) -> dict[str, Any
         "output": output,
         "control": control,
         "lost": fault is not None,
-        "stats": {name: count for name, count in side.channel.stats().items() if count},
+        "stats": counters(side),
     }
 
 
@@ -193,10 +205,10 @@ def rndis_messages(draw: st.DrawFn) -> bytes:
 
 
 @st.composite
-def guest_packets(draw: st.DrawFn) -> tuple[list[list[bytes]], bytes]:
-    """Batches of ring packets, and the bytes that lie in the send buffer and in the scratch pages."""
+def guest_packets(draw: st.DrawFn) -> tuple[list[tuple[int, list[bytes]]], bytes]:
+    """Batches of ring packets, each for a queue, and what lies in the send buffer and the scratch pages."""
     memory = bytearray(16 * PAGE)
-    batches: list[list[bytes]] = []
+    batches: list[tuple[int, list[bytes]]] = []
     number = 1
     place = 0
     for _ in range(draw(st.integers(1, 3))):
@@ -236,14 +248,14 @@ def guest_packets(draw: st.DrawFn) -> tuple[list[list[bytes]], bytes]:
                     start += length
                 batch.append(packet.encode_gpa_direct(number, tuple(ranges[:40]), body, ask))
             number += 2
-        batches.append(batch)
+        batches.append((draw(st.sampled_from([0, 0, 1, 2])), batch))
     return batches, bytes(memory)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(guest_packets())
 def test_any_packets_from_a_guest_mean_the_same_to_both_engines(
-    given_packets: tuple[list[list[bytes]], bytes],
+    given_packets: tuple[list[tuple[int, list[bytes]]], bytes],
 ) -> None:
     batches, memory = given_packets
     both = pair()
@@ -270,23 +282,39 @@ frames = st.builds(
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(frames, max_size=12), st.integers(0, 127), st.booleans())
+@given(
+    st.lists(frames, max_size=12),
+    st.integers(0, 127),
+    st.booleans(),
+    st.tuples(
+        st.binary(min_size=40, max_size=40),
+        st.lists(st.integers(0, QUEUES), max_size=8),
+        st.one_of(st.just(0x1701), st.integers(0, 0x1FFFF)),
+    ),
+    st.booleans(),
+)
 def test_any_frames_reach_a_guest_alike_from_both_engines(
-    sequence: list[Frame], offload: int, link: bool
+    sequence: list[Frame], offload: int, link: bool, rss: tuple[bytes, list[int], int], closes: bool
 ) -> None:
     both = pair(offload)
     try:
         results = []
         for side in (both.python, both.native):
             side.channel.set_link(link)
+            side.channel.set_rss(*rss)
             verdicts = [side.endpoint.transmit(frame) for frame in sequence]
+            if closes:
+                side.channel.close_queue(1)
+                assert side.endpoint.receive(1) == []
+                verdicts += [side.endpoint.transmit(frame) for frame in sequence]
             side.endpoint.flush()
             results.append(
                 (
                     [None if verdict is None else int(verdict) for verdict in verdicts],
                     sent_to_guest(side),
-                    {name: count for name, count in side.channel.stats().items() if count},
+                    counters(side),
                     side.channel.drops(),
+                    [tuple(item) for item in side.channel.take_control()],
                 )
             )
         assert results[0] == results[1]

@@ -1,5 +1,6 @@
 //! The control half of a channel: commands down, control messages up.
 
+use std::collections::BTreeSet;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex};
 
@@ -7,7 +8,10 @@ use vswitch_memory::{GuestMemory, Interrupt};
 use vswitch_ring::{RingReader, RingWriter};
 
 use crate::endpoint::ChannelEndpoint;
-use crate::limits::CONTROL_RESERVE;
+use crate::limits::{CONTROL_RESERVE, MAX_QUEUES};
+use crate::queue::Rings;
+use crate::rss::Rss;
+pub use crate::rss::KEY_BYTES;
 use crate::shared::{lock, Command, Shared};
 
 const PAGE: usize = 4096;
@@ -36,15 +40,42 @@ pub struct Pages<'a> {
     pub byte_count: usize,
 }
 
+/// Rings of queue `index`: `ring_pfns` up to `downstream` carry guest to host, the rest host to guest.
+fn map_rings(
+    memory: &GuestMemory,
+    index: usize,
+    ring_pfns: &[u64],
+    downstream: usize,
+    interrupt: Arc<Interrupt>,
+) -> Result<Rings, ChannelError> {
+    let pages = ring_pfns.len();
+    if downstream < 2 || downstream + 2 > pages {
+        return Err(ChannelError(format!(
+            "downstream ring at page {downstream} of {pages}: each ring needs two"
+        )));
+    }
+    let (up, down) = ring_pfns.split_at(downstream);
+    let view = |pfns: &[u64]| memory.view(pfns, 0, pfns.len() * PAGE).map_err(error);
+    Ok(Rings {
+        index,
+        reader: RingReader::new(view(up)?).map_err(error)?,
+        writer: RingWriter::new(view(down)?).map_err(error)?,
+        interrupt,
+    })
+}
+
 /// The control plane's handle of a channel; see the crate's head for its life.
 pub struct Channel {
     memory: Arc<GuestMemory>,
     shared: Arc<Shared>,
     endpoint: Mutex<Option<ChannelEndpoint>>,
+    /// Sub-channels that are open.
+    open: Mutex<BTreeSet<usize>>,
 }
 
 impl Channel {
-    /// Maps the rings: `ring_pfns` up to `downstream` carry guest to host, the rest host to guest.
+    /// Maps the primary channel's rings: `ring_pfns` up to `downstream` carry guest to host, the rest host to guest.
+    /// `doorbell` is signalled for all queues.
     pub fn open(
         memory: Arc<GuestMemory>,
         ring_pfns: &[u64],
@@ -52,28 +83,14 @@ impl Channel {
         doorbell: RawFd,
         interrupt: Arc<Interrupt>,
     ) -> Result<Self, ChannelError> {
-        let pages = ring_pfns.len();
-        if downstream < 2 || downstream + 2 > pages {
-            return Err(ChannelError(format!(
-                "downstream ring at page {downstream} of {pages}: each ring needs two"
-            )));
-        }
-        let (up, down) = ring_pfns.split_at(downstream);
-        let view = |pfns: &[u64]| memory.view(pfns, 0, pfns.len() * PAGE).map_err(error);
-        let reader = RingReader::new(view(up)?).map_err(error)?;
-        let writer = RingWriter::new(view(down)?).map_err(error)?;
+        let rings = map_rings(&memory, 0, ring_pfns, downstream, interrupt)?;
         let shared = Arc::new(Shared::new(doorbell).map_err(error)?);
-        let endpoint = ChannelEndpoint::new(
-            Arc::clone(&memory),
-            reader,
-            writer,
-            interrupt,
-            Arc::clone(&shared),
-        );
+        let endpoint = ChannelEndpoint::new(Arc::clone(&memory), rings, Arc::clone(&shared));
         Ok(Channel {
             memory,
             shared,
             endpoint: Mutex::new(Some(endpoint)),
+            open: Mutex::default(),
         })
     }
 
@@ -173,6 +190,44 @@ impl Channel {
 
     pub fn set_mtu(&self, mtu: usize) {
         self.shared.command(Command::Mtu(mtu));
+    }
+
+    /// Spreads frames over the queues by the guest's parameters; an empty table ends that.
+    pub fn set_rss(&self, key: &[u8; KEY_BYTES], table: Vec<u32>, types: u32) {
+        let rss = Rss::new(key, table, types).map(Box::new);
+        self.shared.command(Command::Rss(rss));
+    }
+
+    /// Takes the rings of sub-channel `index`, which is not open, into use.
+    pub fn open_queue(
+        &self,
+        index: usize,
+        ring_pfns: &[u64],
+        downstream: usize,
+        interrupt: Arc<Interrupt>,
+    ) -> Result<(), ChannelError> {
+        if !(1..MAX_QUEUES).contains(&index) || !lock(&self.open).insert(index) {
+            return Err(ChannelError(format!(
+                "queue {index} is open already or out of range"
+            )));
+        }
+        match map_rings(&self.memory, index, ring_pfns, downstream, interrupt) {
+            Ok(rings) => {
+                self.shared.note_queue(index);
+                self.shared.command(Command::OpenQueue(Box::new(rings)));
+                Ok(())
+            }
+            Err(error) => {
+                lock(&self.open).remove(&index);
+                Err(error)
+            }
+        }
+    }
+
+    /// Lets go of a sub-channel's rings; the control message `Closed` says that it has happened.
+    pub fn close_queue(&self, index: usize) {
+        lock(&self.open).remove(&index);
+        self.shared.command(Command::CloseQueue(index));
     }
 
     /// Lets go of an endpoint that was never attached.

@@ -10,8 +10,8 @@ use std::ops::Range;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-use vswitch_memory::{BufferView, GuestMemory, Interrupt};
-use vswitch_ring::{RingError, RingReader, RingWriter};
+use vswitch_memory::{BufferView, GuestMemory};
+use vswitch_ring::RingError;
 use vswitch_switch::drops::DropReason;
 use vswitch_switch::endpoint::{Batch, Checksum, Endpoint, FrameRef, BATCH, HEAD_BYTES};
 use vswitch_wire::nvsp::{
@@ -26,32 +26,24 @@ use vswitch_wire::packet::{
 use crate::checksum::{find_transport, Segmenter, Transport};
 use crate::guest_bytes::Source;
 use crate::limits::{
-    CONTROL_RESERVE, MAX_COMPLETIONS_QUEUED, MAX_CONTROL_BACKLOG_BYTES, MAX_CONTROL_BYTES,
-    MAX_CONTROL_QUEUED, MAX_GPA_RANGES, MAX_MESSAGE_BYTES, MAX_PACKETS_PER_MESSAGE,
-    MAX_RANGES_PER_PACKET, MAX_RSC_RANGES, PACKETS_PER_TURN,
+    CONTROL_RESERVE, MAX_CONTROL_BACKLOG_BYTES, MAX_CONTROL_BYTES, MAX_CONTROL_QUEUED,
+    MAX_GPA_RANGES, MAX_MESSAGE_BYTES, MAX_PACKETS_PER_MESSAGE, MAX_QUEUES, MAX_RANGES_PER_PACKET,
+    MAX_RSC_RANGES, PACKETS_PER_TURN,
 };
+use crate::queue::{Answer, Queue, QueueError, Rings, CONTROL_107};
 use crate::receive_buffer::ReceiveBuffer;
 use crate::receive_path::{Settings, RSC_FIRST, RSC_LAST, RSC_MULTIPLE, VALUE_INVALID};
 use crate::rndis_data::{self, le32, Malformed, MessageHead};
+use crate::rss::{Placed, Rss};
 use crate::shared::{Command, ControlKind, ControlPacket, Shared};
 
 mod incoming;
 mod publish;
 mod transmit;
 
-/// Bytes of an NVSP message in the ring: the fixed 28 of versions 1 to 6, padded.
-const PADDED: usize = 32;
-const COMPLETION_BYTES: usize = 16 + PADDED + 8;
-
 struct SendBuffer {
     view: BufferView,
     section_size: usize,
-}
-
-/// Completions of the guest's packets that wait for `flush`.
-enum Answer {
-    Status(u32),
-    Payload(Vec<u8>),
 }
 
 /// Host messages that wait for room in the ring or the receive buffer.
@@ -70,116 +62,108 @@ impl Waiting {
     }
 }
 
-/// Receive-buffer ranges written but not yet sent, in packets.
-#[derive(Default)]
-struct Outgoing {
-    ranges: Vec<TransferRange>,
-    slots: Vec<u32>,
-    /// Where each packet ends in `ranges`; the last is still open.
-    ends: Vec<usize>,
-}
-
-impl Outgoing {
-    fn clear(&mut self) {
-        self.ranges.clear();
-        self.slots.clear();
-        self.ends.clear();
-    }
-
-    fn open_packet_len(&self) -> usize {
-        let start = match self.ends.len() {
-            0 | 1 => 0,
-            count => self.ends[count - 2],
-        };
-        self.ranges.len() - start
-    }
-
-    /// Starts a new packet unless `need` more ranges fit in the open one.
-    fn make_room(&mut self, need: usize, limit: usize) {
-        if self.ends.is_empty() || self.open_packet_len() + need > limit {
-            self.ends.push(self.ranges.len());
-        }
-    }
-
-    fn add(&mut self, slot: u32, range: TransferRange) {
-        self.slots.push(slot);
-        self.ranges.push(range);
-        if let Some(end) = self.ends.last_mut() {
-            *end = self.ranges.len();
-        }
-    }
-}
-
 /// An `Endpoint` of the switch; see the crate's head.
 pub struct ChannelEndpoint {
     memory: Arc<GuestMemory>,
-    reader: RingReader,
-    writer: RingWriter,
-    interrupt: Arc<Interrupt>,
     shared: Arc<Shared>,
+    /// The primary channel first, then the sub-channels that are open.
+    queues: Vec<Queue>,
+    /// Where each queue is in `queues`.
+    places: [Option<u8>; MAX_QUEUES],
+    /// Place of the queue being served.
+    current: usize,
+    rss: Option<Box<Rss>>,
     receive: Option<ReceiveBuffer>,
     send: Option<SendBuffer>,
     settings: Settings,
     data: bool,
-    masked: bool,
     lost: bool,
-    completions: VecDeque<(u64, Answer)>,
     waiting: VecDeque<Waiting>,
     waiting_bytes: usize,
-    outgoing: Outgoing,
     /// Reused: the ring packet, where the RNDIS bytes behind it lie, a private copy of them, a frame being rewritten,
-    /// a segment, an encoded packet.
+    /// a segment.
     packet: Vec<u8>,
     source: Source,
     message: Vec<u8>,
     work: Vec<u8>,
     piece: Vec<u8>,
-    encoded: Vec<u8>,
 }
 
 impl ChannelEndpoint {
-    pub(crate) fn new(
-        memory: Arc<GuestMemory>,
-        reader: RingReader,
-        writer: RingWriter,
-        interrupt: Arc<Interrupt>,
-        shared: Arc<Shared>,
-    ) -> Self {
+    pub(crate) fn new(memory: Arc<GuestMemory>, primary: Rings, shared: Arc<Shared>) -> Self {
+        let mut places = [None; MAX_QUEUES];
+        places[0] = Some(0);
         ChannelEndpoint {
             memory,
-            reader,
-            writer,
-            interrupt,
             shared,
+            queues: vec![Queue::new(primary)],
+            places,
+            current: 0,
+            rss: None,
             receive: None,
             send: None,
             settings: Settings::default(),
             data: false,
-            masked: false,
             lost: false,
-            completions: VecDeque::new(),
             waiting: VecDeque::new(),
             waiting_bytes: 0,
-            outgoing: Outgoing::default(),
             packet: Vec::new(),
             source: Source::default(),
             message: Vec::new(),
             work: Vec::new(),
             piece: Vec::new(),
-            encoded: Vec::new(),
         }
     }
 
     fn lose(&mut self, text: impl Display) {
         if !self.lost {
             self.lost = true;
-            self.outgoing.clear();
+            self.forget_outgoing();
             self.shared.lose(text.to_string());
         }
     }
 
-    fn stalled(&self) -> bool {
-        self.completions.len() >= MAX_COMPLETIONS_QUEUED
+    fn forget_outgoing(&mut self) {
+        for queue in &mut self.queues {
+            queue.outgoing.clear();
+        }
+    }
+
+    /// Completes a packet of the queue being served.
+    fn answer(&mut self, transaction_id: u64, answer: Answer) {
+        if let Some(queue) = self.queues.get_mut(self.current) {
+            queue.completions.push_back((transaction_id, answer));
+        }
+    }
+
+    fn serves_primary(&self) -> bool {
+        self.current == 0
+    }
+
+    fn open_queue(&mut self, rings: Rings) {
+        if let Some(place @ None) = self.places.get_mut(rings.index) {
+            *place = Some(self.queues.len() as u8);
+            self.queues.push(Queue::new(rings));
+        }
+    }
+
+    /// Lets go of the rings of a sub-channel. What the guest has not completed there comes back by itself.
+    fn close_queue(&mut self, index: usize) {
+        let place = self.places.get_mut(index).and_then(Option::take);
+        if let Some(place) = place.filter(|_| index != 0) {
+            let queue = self.queues.remove(usize::from(place));
+            for later in self.places.iter_mut().flatten() {
+                *later -= u8::from(*later > place);
+            }
+            self.current = 0;
+            if let Some(receive) = self.receive.as_mut() {
+                for slot in &queue.outgoing.slots {
+                    receive.put_back(*slot);
+                }
+                receive.reclaim(index);
+            }
+        }
+        self.shared.closed(index);
     }
 
     // Commands.
@@ -203,9 +187,12 @@ impl ChannelEndpoint {
             Command::Complete {
                 transaction_id,
                 payload,
-            } => self
-                .completions
-                .push_back((transaction_id, Answer::Payload(payload))),
+            } => {
+                if let Some(primary) = self.queues.first_mut() {
+                    let answer = Answer::Payload(payload);
+                    primary.completions.push_back((transaction_id, answer));
+                }
+            }
             Command::Rndis(message) => self.wait(Waiting::Rndis(message)),
             Command::ReceiveBuffer {
                 view,
@@ -217,7 +204,7 @@ impl ChannelEndpoint {
                 self.send = Some(SendBuffer { view, section_size });
             }
             Command::RevokeReceiveBuffer => {
-                self.outgoing.clear();
+                self.forget_outgoing();
                 self.waiting
                     .retain(|item| matches!(item, Waiting::Inband(..)));
                 self.waiting_bytes = self.waiting.iter().map(Waiting::bytes).sum();
@@ -236,6 +223,9 @@ impl ChannelEndpoint {
             }
             Command::Offload(bits) => self.settings.offload = bits,
             Command::Mtu(mtu) => self.settings.mtu = mtu,
+            Command::Rss(rss) => self.rss = rss,
+            Command::OpenQueue(rings) => self.open_queue(*rings),
+            Command::CloseQueue(index) => self.close_queue(index),
         }
     }
 
@@ -268,31 +258,13 @@ impl Endpoint for ChannelEndpoint {
         if self.lost {
             return false;
         }
-        if !self.masked {
-            self.reader.mask();
-            self.masked = true;
-        }
-        let mut more = true;
-        for _ in 0..PACKETS_PER_TURN {
-            if batch.len() + MAX_PACKETS_PER_MESSAGE > BATCH {
-                break;
-            }
-            if self.stalled() || self.lost {
-                more = false;
-                break;
-            }
-            match self.take_packet(batch) {
-                Ok(true) => {}
-                Ok(false) => {
-                    more = false;
-                    break;
-                }
-                Err(error) => {
-                    self.lose(error);
-                    more = false;
-                    break;
-                }
-            }
+        let count = self.queues.len();
+        let share = (PACKETS_PER_TURN / count.max(1)).max(1);
+        let mut more = false;
+        // The queues have turns, and the next batch begins with the next one.
+        for _ in 0..count {
+            self.current = (self.current + 1) % count;
+            more |= self.take_packets(share, batch);
         }
         if batch.is_empty() {
             self.flush();
@@ -317,13 +289,8 @@ impl Endpoint for ChannelEndpoint {
         if self.lost {
             return;
         }
-        match self.publish() {
-            Ok(true) => {
-                self.shared.counters.signals.add(1);
-                self.interrupt.signal();
-            }
-            Ok(false) => {}
-            Err(error) => self.lose(error),
+        if let Err(error) = self.publish() {
+            self.lose(error);
         }
     }
 
@@ -331,14 +298,25 @@ impl Endpoint for ChannelEndpoint {
         if self.lost {
             return false;
         }
-        self.masked = false;
-        match self.reader.unmask() {
-            // While completions wait for room, new packets stay unread: the guest's next read wakes us.
-            Ok(arrived) => (arrived && !self.stalled()) || self.shared.has_commands(),
-            Err(error) => {
-                self.lose(error);
-                false
+        let mut arrived = self.shared.has_commands();
+        for queue in &mut self.queues {
+            match queue.rearm() {
+                Ok(packets) => arrived |= packets,
+                Err(error) => {
+                    self.lose(error);
+                    return false;
+                }
             }
         }
+        arrived
+    }
+}
+
+impl Drop for ChannelEndpoint {
+    fn drop(&mut self) {
+        self.queues.clear();
+        self.receive = None;
+        self.send = None;
+        self.shared.worker_gone();
     }
 }

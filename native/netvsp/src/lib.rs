@@ -22,9 +22,11 @@ mod endpoint;
 mod fd;
 mod guest_bytes;
 pub mod limits;
+mod queue;
 mod receive_buffer;
 mod receive_path;
 mod rndis_data;
+mod rss;
 pub mod shared;
 
 pub use channel::Channel;

@@ -4,6 +4,8 @@ pub const ETHERNET_HEADER: usize = 14;
 /// NVSP counts the MTU with the Ethernet header.
 pub const MTU_DEFAULT: usize = 1500 + ETHERNET_HEADER;
 pub const CONTROL_RESERVE: usize = 16;
+/// Channels of one NIC.
+pub const MAX_QUEUES: usize = 64;
 pub const MAX_RANGES_PER_PACKET: usize = 375;
 pub const MAX_RSC_RANGES: usize = 562;
 pub const MAX_GPA_RANGES: usize = 64;

@@ -5,9 +5,11 @@ use vswitch_memory::{BufferView, MemoryError};
 use vswitch_switch::endpoint::FrameRef;
 
 use crate::guest_bytes::copy_frame;
-use crate::limits::CONTROL_RESERVE;
+use crate::limits::{CONTROL_RESERVE, MAX_QUEUES};
 
 const END: u32 = u32::MAX;
+const NOBODY: u8 = u8::MAX;
+const _: () = assert!(MAX_QUEUES < NOBODY as usize);
 
 /// Sub-allocations of `size` bytes; the last [`CONTROL_RESERVE`] free ones are for control messages only.
 pub(crate) struct ReceiveBuffer {
@@ -17,8 +19,8 @@ pub(crate) struct ReceiveBuffer {
     free: Vec<u32>,
     /// For a sub-allocation that is out: the next one of the same packet.
     next: Vec<u32>,
-    /// Whether a packet that is out starts with this sub-allocation: its index is the transaction id.
-    first: Vec<bool>,
+    /// The queue by which a packet that starts with this sub-allocation went out: its index is the transaction id.
+    holder: Vec<u8>,
 }
 
 impl ReceiveBuffer {
@@ -29,7 +31,7 @@ impl ReceiveBuffer {
             size,
             free: (0..count as u32).rev().collect(),
             next: vec![END; count],
-            first: vec![false; count],
+            holder: vec![NOBODY; count],
         }
     }
 
@@ -67,34 +69,42 @@ impl ReceiveBuffer {
         copy_frame(frame, from, &self.view, at, length)
     }
 
-    /// Notes that `indices` went out in one packet; its transaction id.
-    pub(crate) fn sent(&mut self, indices: &[u32]) -> u64 {
+    /// Notes that `indices` went out in one packet of `queue`; its transaction id.
+    pub(crate) fn sent(&mut self, indices: &[u32], queue: usize) -> u64 {
         let Some(&head) = indices.first() else {
             return 0;
         };
-        self.first[head as usize] = true;
+        self.holder[head as usize] = queue as u8;
         for pair in indices.windows(2) {
             self.next[pair[0] as usize] = pair[1];
         }
         u64::from(head)
     }
 
-    /// The guest gave a packet's sub-allocations back; false if it held no such packet.
-    pub(crate) fn completed(&mut self, transaction_id: u64) -> bool {
-        let Some(first) = usize::try_from(transaction_id)
+    /// The guest gave a packet's sub-allocations back on `queue`; false if it held no such packet.
+    pub(crate) fn completed(&mut self, transaction_id: u64, queue: usize) -> bool {
+        let Some(holder) = usize::try_from(transaction_id)
             .ok()
-            .and_then(|index| self.first.get_mut(index))
+            .and_then(|index| self.holder.get_mut(index))
         else {
             return false;
         };
-        if !std::mem::take(first) {
+        if usize::from(*holder) != queue {
             return false;
         }
+        *holder = NOBODY;
         let mut index = transaction_id as u32;
         while index != END {
             self.free.push(index);
             index = std::mem::replace(&mut self.next[index as usize], END);
         }
         true
+    }
+
+    /// The queue is closed: what went out by it comes back by itself.
+    pub(crate) fn reclaim(&mut self, queue: usize) {
+        for index in 0..self.holder.len() {
+            self.completed(index as u64, queue);
+        }
     }
 }

@@ -4,20 +4,21 @@
 
 use vswitch_switch::endpoint::{Checksum, Meta, Offload, MAX_FRAME};
 use vswitch_wire::rndis::{
-    packet_header, PacketHeader, PpiIter, IEEE_8021Q_INFO, NBL_HASH_VALUE, PACKET_HEADER_SIZE,
-    PPI_HEADER_SIZE, RNDIS_PKTINFO_ID, RNDIS_PKTINFO_INTERNAL, TCPIP_CHKSUM_PKTINFO,
-    TCP_LARGESEND_PKTINFO,
+    packet_header, PacketHeader, PpiIter, IEEE_8021Q_INFO, NBL_HASH_INFO, NBL_HASH_VALUE,
+    PACKET_HEADER_SIZE, PPI_HEADER_SIZE, RNDIS_PKTINFO_ID, RNDIS_PKTINFO_INTERNAL,
+    TCPIP_CHKSUM_PKTINFO, TCP_LARGESEND_PKTINFO,
 };
 
 use crate::checksum::{find_transport, Transport, TCP, UDP};
 use crate::limits::{ETHERNET_HEADER, MAX_RSC_RANGES};
+use crate::rss::{Placed, TOEPLITZ};
 
 const TX_TCP: u32 = 4;
 const TX_UDP: u32 = 8;
 const TX_IP_HEADER: u32 = 16;
 const LSO_V2: u32 = 1 << 30;
 const RECORD: usize = PPI_HEADER_SIZE + 4;
-const MAX_RECORDS: usize = 3;
+const MAX_RECORDS: usize = 5;
 
 /// A guest's message that breaks the format; the packet is answered with NVSP status 2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -165,6 +166,7 @@ impl MessageHead {
     pub(crate) fn new(
         vlan: Option<u16>,
         checksum: u32,
+        placed: Option<Placed>,
         packet_id: Option<u8>,
         length: usize,
     ) -> Self {
@@ -177,6 +179,10 @@ impl MessageHead {
         }
         if checksum != 0 {
             head.record(TCPIP_CHKSUM_PKTINFO, checksum);
+        }
+        if let Some(placed) = placed {
+            head.record(NBL_HASH_VALUE, placed.value);
+            head.record(NBL_HASH_INFO, placed.kind | TOEPLITZ);
         }
         if let Some(flags) = packet_id {
             // Version 1, flags, id 0.

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -11,7 +11,9 @@ use vswitch_memory::{eventfd, BufferView};
 use vswitch_switch::drops::DropReason;
 
 use crate::fd;
-use crate::limits::{MAX_CONTROL_QUEUED, TAP_BYTES, TAP_PACKETS};
+use crate::limits::{MAX_CONTROL_QUEUED, MAX_QUEUES, TAP_BYTES, TAP_PACKETS};
+use crate::queue::Rings;
+use crate::rss::Rss;
 
 /// What the control plane tells the worker; done in order.
 pub(crate) enum Command {
@@ -45,6 +47,9 @@ pub(crate) enum Command {
     },
     Offload(u32),
     Mtu(usize),
+    Rss(Option<Box<Rss>>),
+    OpenQueue(Box<Rings>),
+    CloseQueue(usize),
 }
 
 /// Kinds of what the worker hands up; the names are those of the Python twin.
@@ -54,6 +59,7 @@ pub enum ControlKind {
     Completion,
     Rndis,
     Revoked,
+    Closed,
 }
 
 impl ControlKind {
@@ -63,6 +69,7 @@ impl ControlKind {
             ControlKind::Completion => "completion",
             ControlKind::Rndis => "rndis",
             ControlKind::Revoked => "revoked",
+            ControlKind::Closed => "closed",
         }
     }
 }
@@ -104,12 +111,12 @@ impl Tape {
 }
 
 macro_rules! counters {
-    ($($name:ident),+ $(,)?) => {
+    ($kind:ident: $($name:ident),+ $(,)?) => {
         /// Counters since the channel was opened; the worker alone writes them.
         #[derive(Default)]
-        pub(crate) struct Counters { $(pub(crate) $name: Counter,)+ }
+        pub(crate) struct $kind { $(pub(crate) $name: Counter,)+ }
 
-        impl Counters {
+        impl $kind {
             fn list(&self) -> Vec<(&'static str, u64)> {
                 vec![$((stringify!($name), self.$name.get()),)+]
             }
@@ -118,18 +125,21 @@ macro_rules! counters {
 }
 
 counters!(
-    frames_from_guest,
+    QueueCounters: frames_from_guest,
     bytes_from_guest,
     frames_to_guest,
     bytes_to_guest,
-    malformed,
+    signals,
+);
+
+counters!(
+    Counters: malformed,
     receive_failures,
     control_dropped,
     checksums_passed_on,
     checksums_completed,
     large_sends_segmented,
     large_sends_coalesced,
-    signals,
 );
 
 /// A counter with one writer: a load and a store, no locked instruction.
@@ -167,13 +177,17 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// The state both halves see.
 pub struct Shared {
-    commands: Mutex<VecDeque<Command>>,
+    /// None = the worker's half is gone: nobody does what is asked.
+    commands: Mutex<Option<VecDeque<Command>>>,
     has_commands: AtomicBool,
     control: Mutex<VecDeque<ControlPacket>>,
     fault: Mutex<Option<String>>,
     tap: AtomicBool,
     tapped: Mutex<Tape>,
     pub(crate) counters: Counters,
+    queues: [QueueCounters; MAX_QUEUES],
+    /// Queues below this were open at some time.
+    queues_seen: AtomicUsize,
     drops: [Counter; REASONS.len()],
     doorbell: OwnedFd,
     control_fd: OwnedFd,
@@ -183,13 +197,15 @@ impl Shared {
     /// `doorbell`, the eventfd that the guest signals, is duplicated.
     pub(crate) fn new(doorbell: RawFd) -> io::Result<Self> {
         Ok(Shared {
-            commands: Mutex::default(),
+            commands: Mutex::new(Some(VecDeque::new())),
             has_commands: AtomicBool::new(false),
             control: Mutex::default(),
             fault: Mutex::default(),
             tap: AtomicBool::new(false),
             tapped: Mutex::default(),
             counters: Counters::default(),
+            queues: std::array::from_fn(|_| QueueCounters::default()),
+            queues_seen: AtomicUsize::new(1),
             drops: Default::default(),
             doorbell: fd::duplicate(doorbell)?,
             control_fd: fd::eventfd()?,
@@ -206,9 +222,36 @@ impl Shared {
     }
 
     pub(crate) fn command(&self, command: Command) {
-        lock(&self.commands).push_back(command);
+        match &mut *lock(&self.commands) {
+            Some(commands) => commands.push_back(command),
+            None => return self.answer_for_the_gone(&command),
+        }
         self.has_commands.store(true, Ordering::Release);
         eventfd::signal_shared(self.doorbell.as_raw_fd());
+    }
+
+    /// The worker's half has let go of all guest memory and ends: who waits for a queue need wait no longer.
+    pub(crate) fn worker_gone(&self) {
+        let commands = lock(&self.commands).take();
+        for command in commands.into_iter().flatten() {
+            self.answer_for_the_gone(&command);
+        }
+    }
+
+    fn answer_for_the_gone(&self, command: &Command) {
+        if let Command::CloseQueue(index) = command {
+            self.closed(*index);
+        }
+    }
+
+    /// Tells the control plane that the queue's rings are out of use.
+    pub(crate) fn closed(&self, index: usize) {
+        self.push_control(ControlPacket {
+            kind: ControlKind::Closed,
+            transaction_id: index as u64,
+            completion_requested: false,
+            payload: Vec::new(),
+        });
     }
 
     pub(crate) fn has_commands(&self) -> bool {
@@ -218,7 +261,7 @@ impl Shared {
     pub(crate) fn take_commands(&self) -> VecDeque<Command> {
         let mut commands = lock(&self.commands);
         self.has_commands.store(false, Ordering::Release);
-        std::mem::take(&mut *commands)
+        commands.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     /// Whether the queue has room for another message from the guest.
@@ -280,9 +323,32 @@ impl Shared {
         }
     }
 
-    /// Counters by name.
+    /// The counters of a queue; those of the primary for an index that no queue has.
+    pub(crate) fn queue(&self, index: usize) -> &QueueCounters {
+        self.queues.get(index).unwrap_or(&self.queues[0])
+    }
+
+    pub(crate) fn note_queue(&self, index: usize) {
+        self.queues_seen.fetch_max(index + 1, Ordering::Relaxed);
+    }
+
+    /// Counters by name, those of the queues summed up.
     pub fn stats(&self) -> Vec<(&'static str, u64)> {
-        self.counters.list()
+        let mut all = self.counters.list();
+        for (name, count) in self.queue_stats().into_iter().flatten() {
+            match all.iter_mut().find(|(known, _)| *known == name) {
+                Some((_, sum)) => *sum += count,
+                None => all.push((name, count)),
+            }
+        }
+        all
+    }
+
+    /// Counters of each queue that was ever open, by index.
+    pub fn queue_stats(&self) -> Vec<Vec<(&'static str, u64)>> {
+        let seen = self.queues_seen.load(Ordering::Relaxed);
+        let queues = self.queues.iter().take(seen);
+        queues.map(QueueCounters::list).collect()
     }
 
     /// Frames that the channel itself refused, by drop-reason code.

@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
-use vswitch_netvsp::channel::Pages;
+use vswitch_netvsp::channel::{Pages, KEY_BYTES};
 use vswitch_netvsp::Channel;
 use vswitch_switch::drops::DropReason;
 use vswitch_switch::endpoint::{
@@ -167,6 +167,50 @@ impl PyChannel {
 
     fn set_mtu(&self, mtu: usize) {
         self.inner.set_mtu(mtu);
+    }
+
+    fn set_rss(&self, key: Vec<u8>, table: Vec<u32>, types: u32) -> PyResult<()> {
+        if table.is_empty() {
+            self.inner.set_rss(&[0; KEY_BYTES], table, types);
+            return Ok(());
+        }
+        let key = <[u8; KEY_BYTES]>::try_from(key)
+            .map_err(|key| PyValueError::new_err(format!("RSS key of {} bytes", key.len())))?;
+        self.inner.set_rss(&key, table, types);
+        Ok(())
+    }
+
+    fn open_queue(
+        &self,
+        index: usize,
+        ring_pfns: Vec<u64>,
+        downstream_page_offset: usize,
+        interrupt: PyRef<'_, PyInterrupt>,
+    ) -> PyResult<()> {
+        self.inner
+            .open_queue(
+                index,
+                &ring_pfns,
+                downstream_page_offset,
+                interrupt.shared()?,
+            )
+            .map_err(refuse)
+    }
+
+    fn close_queue(&self, index: usize) {
+        self.inner.close_queue(index);
+    }
+
+    fn queue_stats<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyDict>>> {
+        let queues = self.inner.shared().queue_stats();
+        let dicts = queues.into_iter().map(|counters| {
+            let stats = PyDict::new(py);
+            for (name, count) in counters {
+                stats.set_item(name, count)?;
+            }
+            Ok(stats)
+        });
+        dicts.collect()
     }
 
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {

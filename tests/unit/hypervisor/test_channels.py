@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 
 import pytest
@@ -13,7 +14,7 @@ from hypervisor import ChannelState, Offer
 from netvsc.vmbus import ChannelRefusedError, ChannelRescinded, GuestChannel
 from vswitch_wire import packet, vmbus
 from vswitch_wire.gpadl import GpaRange, encode_gpadl
-from vswitch_wire.memory import signal_fd
+from vswitch_wire.memory import drain_fd, signal_fd
 from vswitch_wire.ring import RingReader, RingWriter
 from vswitch_wire.vmbus import VmbusVersion
 
@@ -354,3 +355,39 @@ async def test_a_rescind_waits_for_a_fault_in_progress_and_takes_the_device_too(
     # A fault alone only withholds the device until the guest's next contact.
     await guest.vmbus.connect(VmbusVersion.COPPER)
     assert guest.partition.vmbus.channels == []
+
+
+async def test_sub_channels_are_offered_again_although_the_old_ones_are_not_released(world: World) -> None:
+    device = EchoDevice()
+    guest, offer = await booted(world, device)
+    primary = await guest.vmbus.open(guest.offers[0], ring_pages=2)
+    device.channels[offer.relid].offer_sub_channels(1)
+    await until(lambda: len(guest.offers) == 2)
+    guest.auto_release = False
+    await guest.vmbus.close(primary)
+    await until(lambda: bool(guest.rescinds))
+    # A driver that changes its MTU opens anew at once; its bus releases the old sub-channel in its own time.
+    await guest.vmbus.open(guest.offers[0], ring_pages=2)
+    device.channels[offer.relid].offer_sub_channels(1)
+    await until(lambda: len(guest.offers) == 3)
+    assert guest.offers[2].sub_channel_index == 1
+    assert guest.offers[2].relid != guest.offers[1].relid
+    await guest.vmbus.open(guest.offers[2], ring_pages=2)
+    guest.vmbus.release(guest.offers[1].relid)
+    await until(lambda: len(guest.partition.vmbus.channels) == 2)
+    assert guest.partition.vmbus.protocol_errors == 0
+
+
+async def test_a_device_may_have_one_doorbell_for_all_its_channels(world: World) -> None:
+    device = EchoDevice()
+    device.shares_doorbell = True  # type: ignore[attr-defined]
+    guest, offer = await booted(world, device)
+    await guest.vmbus.open(guest.offers[0], ring_pages=2)
+    opened = device.channels[offer.relid]
+    asyncio.get_running_loop().remove_reader(opened.doorbell_fd)
+    opened.offer_sub_channels(1)
+    await until(lambda: len(guest.offers) == 2)
+    channel = await guest.vmbus.open(guest.offers[1], ring_pages=2)
+    drain_fd(opened.doorbell_fd)
+    signal_fd(channel.signal_fd)
+    assert os.eventfd_read(opened.doorbell_fd) == 1

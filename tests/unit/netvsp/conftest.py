@@ -5,17 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
-from scripted_guest import ScriptedGuest
-
-import vswitch_native
-
-ENGINES = [
-    "python",
-    pytest.param(
-        "native",
-        marks=pytest.mark.skipif(not vswitch_native.AVAILABLE, reason=f"native engine: {vswitch_native.WHY}"),
-    ),
-]
+from scripted_guest import ENGINES, ScriptedGuest
 
 
 @pytest.fixture(params=ENGINES)

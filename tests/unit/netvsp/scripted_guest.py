@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import struct
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
+import pytest
+
+import vswitch_native
 from hypervisor.vmbus.device import OpenedChannel
 from netvsp.nic import SyntheticNic
 from vswitch.drops import DropReason
@@ -19,6 +23,13 @@ from vswitch_wire.gpadl import GpaRange
 from vswitch_wire.memory import GuestMemory, Region, create_region
 from vswitch_wire.ring import RingReader, RingWriter
 
+ENGINES = [
+    "python",
+    pytest.param(
+        "native",
+        marks=pytest.mark.skipif(not vswitch_native.AVAILABLE, reason=f"native engine: {vswitch_native.WHY}"),
+    ),
+]
 PAGE = 4096
 MEMORY_BYTES = 4 << 20
 RING_PAGES = 8
@@ -26,6 +37,7 @@ RECEIVE_GPADL, SEND_GPADL = 0xE1E10, 0xE1E11
 RECEIVE_PAGE, RECEIVE_PAGES = 64, 256
 SEND_PAGE, SEND_PAGES = 512, 64
 SCRATCH_PAGE = 640
+SUB_RING_PAGE = 768
 RECEIVE_ID = 0xCAFE
 MAC = bytes.fromhex("02155d000001")
 PEER = bytes.fromhex("02155d000002")
@@ -52,10 +64,31 @@ class FakePort:
         self.endpoint = None
 
 
+@dataclass
+class SubChannel:
+    """The guest's end of a sub-channel."""
+
+    opened: OpenedChannel
+    irq: int
+    writer: RingWriter
+    reader: RingReader
+    inbox: list[packet.Packet] = field(default_factory=list)
+
+    def post(self, encoded: bytes) -> None:
+        assert self.writer.write(encoded), "the sub-channel's ring is full"
+        self.writer.commit()
+
+    def take(self) -> list[packet.Packet]:
+        taken, self.inbox = self.inbox, []
+        return taken
+
+
 class ScriptedGuest:
     """Guest memory and one NIC channel; `pump` lets the host side run as a switch engine would."""
 
-    def __init__(self, engine: Engine, *, mtu: int = 1500, memory_bytes: int = MEMORY_BYTES) -> None:
+    def __init__(
+        self, engine: Engine, *, mtu: int = 1500, memory_bytes: int = MEMORY_BYTES, queues: int = 1
+    ) -> None:
         self.engine: Engine = engine
         self.fd = create_region("guest", memory_bytes)
         region = Region(0, memory_bytes, self.fd)
@@ -65,6 +98,8 @@ class ScriptedGuest:
         self.irq = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.faults: list[str] = []
         self.released: list[int] = []
+        self.offered: list[int] = []
+        """Counts of sub-channels that were offered."""
         ring_pfns = list(range(1, 1 + 2 * RING_PAGES))
         self.gpadls = {
             RECEIVE_GPADL: (RECEIVE_PAGE, RECEIVE_PAGES),
@@ -84,12 +119,13 @@ class ScriptedGuest:
             gpadl=self._gpadl,
             release_gpadl=self.released.append,
             report_fault=self.faults.append,
-            offer_sub_channels=lambda count: None,
+            offer_sub_channels=self.offered.append,
         )
+        self.subs: dict[int, SubChannel] = {}
         self.writer = RingWriter(self.memory.view(ring_pfns[:RING_PAGES], 0, RING_PAGES * PAGE))
         self.reader = RingReader(self.memory.view(ring_pfns[RING_PAGES:], 0, RING_PAGES * PAGE))
         self.port = FakePort(engine)
-        self.nic = SyntheticNic("eth0", MAC, UUID(int=1), self.port, mtu=mtu, engine=engine)
+        self.nic = SyntheticNic("eth0", MAC, UUID(int=1), self.port, mtu=mtu, queues=queues, engine=engine)
         self.inbox: list[packet.Packet] = []
         self.frames: list[Frame] = []
         self.ingress_drops: dict[DropReason, int] = {}
@@ -107,6 +143,8 @@ class ScriptedGuest:
 
     async def close(self) -> None:
         await self.nic.close(self.opened)
+        for sub in self.subs.values():
+            os.close(sub.irq)
         self.host_memory.close()
         self.memory.close()
         for fd in (self.fd, self.doorbell, self.irq):
@@ -138,6 +176,9 @@ class ScriptedGuest:
             await asyncio.sleep(0.001)
         self.inbox += [packet.decode(bytes(raw)) for raw in self.reader.read(10_000)]
         self.reader.commit()
+        for sub in self.subs.values():
+            sub.inbox += [packet.decode(bytes(raw)) for raw in sub.reader.read(10_000)]
+            sub.reader.commit()
 
     def take(self) -> list[packet.Packet]:
         taken, self.inbox = self.inbox, []
@@ -153,6 +194,48 @@ class ScriptedGuest:
         self.inbox = [p for p in self.inbox if p not in answers]
         assert len(answers) == 1, f"{len(answers)} completions, faults {self.faults}"
         return answers[0].payload
+
+    # Sub-channels.
+
+    def make_sub(self, index: int) -> SubChannel:
+        """Rings of a sub-channel, not yet opened."""
+        first = SUB_RING_PAGE + 2 * RING_PAGES * (index - 1)
+        pfns = list(range(first, first + 2 * RING_PAGES))
+        irq = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        opened = OpenedChannel(
+            relid=1 + index,
+            open_id=1 + index,
+            sub_channel_index=index,
+            memory=self.host_memory,
+            ring_pfns=pfns,
+            downstream_page_offset=RING_PAGES,
+            doorbell_fd=self.doorbell,
+            interrupt=interrupt_class(self.engine)(self.host_memory, irq),
+            user_data=b"",
+            gpadl=self._gpadl,
+            release_gpadl=self.released.append,
+            report_fault=self.faults.append,
+            offer_sub_channels=self.offered.append,
+        )
+        self.memory.write(first * PAGE, bytes(2 * RING_PAGES * PAGE))
+        writer = RingWriter(self.memory.view(pfns[:RING_PAGES], 0, RING_PAGES * PAGE))
+        reader = RingReader(self.memory.view(pfns[RING_PAGES:], 0, RING_PAGES * PAGE))
+        return SubChannel(opened, irq, writer, reader)
+
+    async def open_sub(self, index: int) -> SubChannel:
+        if index in self.subs:
+            os.close(self.subs.pop(index).irq)
+        sub = self.make_sub(index)
+        self.subs[index] = sub
+        await self.nic.open(sub.opened)
+        return sub
+
+    async def close_sub(self, index: int) -> None:
+        """Closes it while the host's engine runs."""
+        closing = asyncio.ensure_future(self.nic.close(self.subs[index].opened))
+        while not closing.done():
+            await self.pump()
+        await closing
 
     # RNDIS.
 

@@ -32,15 +32,39 @@ impl ChannelEndpoint {
         self.shared.counters.malformed.add(1);
         self.drop_incoming(batch, DropReason::InvalidPacket);
         if requested {
-            self.completions
-                .push_back((transaction_id, Answer::Status(FAILURE)));
+            self.answer(transaction_id, Answer::Status(FAILURE));
         }
     }
 
+    /// Takes up to `limit` packets of the current queue; false when nothing more is there now.
+    pub(super) fn take_packets(&mut self, limit: usize, batch: &mut Batch) -> bool {
+        if let Some(queue) = self.queues.get_mut(self.current) {
+            queue.mask();
+        }
+        for _ in 0..limit {
+            if batch.len() + MAX_PACKETS_PER_MESSAGE > BATCH {
+                return true;
+            }
+            match self.take_packet(batch) {
+                Ok(true) => {}
+                Ok(false) => return false,
+                Err(error) => {
+                    self.lose(error);
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
     /// Takes the next ring packet; false when there is none.
-    pub(super) fn take_packet(&mut self, batch: &mut Batch) -> Result<bool, RingError> {
+    fn take_packet(&mut self, batch: &mut Batch) -> Result<bool, RingError> {
+        let queue = self.queues.get_mut(self.current);
+        let Some(queue) = queue.filter(|queue| !queue.stalled() && !self.lost) else {
+            return Ok(false);
+        };
         let mut scratch = std::mem::take(&mut self.packet);
-        let taken = match self.reader.next(&mut scratch) {
+        let taken = match queue.reader.next(&mut scratch) {
             Ok(Some(_)) => Ok(true),
             Ok(None) => Ok(false),
             Err(error) => Err(error),
@@ -83,6 +107,9 @@ impl ChannelEndpoint {
                     "NVSP message {message} in a GPA-direct packet"
                 ));
             }
+            Some(message) if !self.serves_primary() => {
+                self.lose(format_args!("NVSP message {message} on a sub-channel"));
+            }
             Some(_) => self.queue_control(ControlKind::Inband, id, requested, packet.payload),
         }
     }
@@ -108,7 +135,7 @@ impl ChannelEndpoint {
     }
 
     fn take_completion(&mut self, id: u64, payload: &[u8]) {
-        if id & CONTROL_ID_BIT != 0 {
+        if id & CONTROL_ID_BIT != 0 && self.serves_primary() {
             return self.queue_control(ControlKind::Completion, id, false, payload);
         }
         let (Some(SEND_RNDIS_PKT_COMPLETE), Some(status)) = (le32(payload, 0), le32(payload, 4))
@@ -120,7 +147,8 @@ impl ChannelEndpoint {
         let Some(receive) = self.receive.as_mut() else {
             return;
         };
-        if !receive.completed(id) {
+        let queue = self.queues.get(self.current).map_or(0, |queue| queue.index);
+        if !receive.completed(id, queue) {
             return self.lose(format_args!(
                 "receive completion {id:#x} matches no packet sent"
             ));
@@ -135,12 +163,14 @@ impl ChannelEndpoint {
         let mut source = std::mem::take(&mut self.source);
         let outcome = match self.gather(packet, &mut source) {
             Ok(0) => Ok(self.take_data(&source, batch)),
-            Ok(1) => self.take_control_message(id, &source).map(|()| SUCCESS),
+            Ok(1) if self.serves_primary() => {
+                self.take_control_message(id, &source).map(|()| SUCCESS)
+            }
             Ok(_) | Err(Malformed) => Err(Malformed),
         };
         self.source = source;
         match outcome {
-            Ok(status) if requested => self.completions.push_back((id, Answer::Status(status))),
+            Ok(status) if requested => self.answer(id, Answer::Status(status)),
             Ok(_) => {}
             Err(Malformed) => self.refuse(batch, id, requested),
         }
@@ -221,8 +251,10 @@ impl ChannelEndpoint {
             frames += 1;
             bytes += frame as u64;
         }
-        self.shared.counters.frames_from_guest.add(frames as u64);
-        self.shared.counters.bytes_from_guest.add(bytes);
+        let queue = self.queues.get(self.current).map_or(0, |queue| queue.index);
+        let counters = self.shared.queue(queue);
+        counters.frames_from_guest.add(frames as u64);
+        counters.bytes_from_guest.add(bytes);
         if good {
             return SUCCESS;
         }

@@ -43,6 +43,14 @@ impl Plan {
     }
 }
 
+/// Where a frame goes.
+#[derive(Clone, Copy)]
+struct To {
+    /// Place of the queue.
+    at: usize,
+    placed: Option<Placed>,
+}
+
 impl ChannelEndpoint {
     fn plan(&mut self, frame: &FrameRef<'_>) -> Result<Plan, DropReason> {
         let offload = frame.meta.offload;
@@ -132,6 +140,7 @@ impl ChannelEndpoint {
         if let Some(reason) = self.settings.refusal(frame) {
             return Err(reason);
         }
+        let to = self.place(frame);
         let plan = self.plan(frame)?;
         let count = plan.messages();
         let longest = match &plan {
@@ -146,6 +155,7 @@ impl ChannelEndpoint {
                 Plan::Whole(flags) | Plan::Segments(_, flags) | Plan::Coalesced(_, flags) => flags,
                 Plan::Completed(_) => 0,
             },
+            to.placed,
             coalesced.then_some(0),
             longest,
         );
@@ -153,7 +163,7 @@ impl ChannelEndpoint {
             return Err(DropReason::MtuMismatch);
         }
         let free = self.receive.as_ref().map_or(0, ReceiveBuffer::free_count);
-        if free < count + CONTROL_RESERVE || !self.room_for(count) {
+        if free < count + CONTROL_RESERVE || !self.room_for(to, count) {
             return Err(DropReason::Resources);
         }
         let limit = if coalesced {
@@ -161,33 +171,46 @@ impl ChannelEndpoint {
         } else {
             MAX_RANGES_PER_PACKET
         };
-        if coalesced {
-            self.outgoing.make_room(count, limit);
+        if let (true, Some(queue)) = (coalesced, self.queues.get_mut(to.at)) {
+            queue.outgoing.make_room(count, limit);
         }
-        self.write_messages(frame, &plan, limit)?;
-        self.shared.counters.frames_to_guest.add(1);
-        self.shared.counters.bytes_to_guest.add(frame.len() as u64);
+        self.write_messages(frame, &plan, to, limit)?;
+        let queue = self.queues.get(to.at).map_or(0, |queue| queue.index);
+        let counters = self.shared.queue(queue);
+        counters.frames_to_guest.add(1);
+        counters.bytes_to_guest.add(frame.len() as u64);
         Ok(())
+    }
+
+    /// The frame's queue; the primary where there is no other.
+    fn place(&self, frame: &FrameRef<'_>) -> To {
+        let placed = self.rss.as_ref().and_then(|rss| rss.place(frame.head));
+        let place = placed.and_then(|placed| *self.places.get(placed.queue)?);
+        To {
+            at: usize::from(place.unwrap_or(0)),
+            placed,
+        }
     }
 
     fn write_messages(
         &mut self,
         frame: &FrameRef<'_>,
         plan: &Plan,
+        to: To,
         limit: usize,
     ) -> Result<(), DropReason> {
         let vlan = frame.meta.vlan_tci;
         match plan {
             Plan::Whole(flags) => {
-                let head = MessageHead::new(vlan, *flags, None, frame.len());
-                self.write_message(&head, Body::Frame(frame), limit)
+                let head = MessageHead::new(vlan, *flags, to.placed, None, frame.len());
+                self.write_message(&head, Body::Frame(frame), to, limit)
             }
             Plan::Completed(transport) => {
                 self.copy_to_work(frame, frame.len());
                 let mut work = std::mem::take(&mut self.work);
                 transport.complete_checksum(&mut work);
-                let head = MessageHead::new(vlan, 0, None, work.len());
-                let written = self.write_message(&head, Body::Bytes(&work), limit);
+                let head = MessageHead::new(vlan, 0, to.placed, None, work.len());
+                let written = self.write_message(&head, Body::Bytes(&work), to, limit);
                 self.work = work;
                 written
             }
@@ -197,8 +220,9 @@ impl ChannelEndpoint {
                 let mut written = Ok(());
                 for index in 0..segmenter.count() {
                     segmenter.build(&work, index, &mut piece);
-                    let head = MessageHead::new(vlan, *flags, None, piece.len());
-                    written = written.and(self.write_message(&head, Body::Bytes(&piece), limit));
+                    let head = MessageHead::new(vlan, *flags, to.placed, None, piece.len());
+                    written =
+                        written.and(self.write_message(&head, Body::Bytes(&piece), to, limit));
                 }
                 self.work = work;
                 self.piece = piece;
@@ -220,9 +244,9 @@ impl ChannelEndpoint {
                     // The headers come from the private copy, where they were made true for the whole.
                     let headers = if index == 0 { work.as_slice() } else { &[] };
                     let length = headers.len() + range.len();
-                    let head = MessageHead::new(vlan, *flags, Some(mark), length);
+                    let head = MessageHead::new(vlan, *flags, to.placed, Some(mark), length);
                     let body = Body::Split(headers, frame, range);
-                    written = written.and(self.write_message(&head, body, limit));
+                    written = written.and(self.write_message(&head, body, to, limit));
                 }
                 self.work = work;
                 written
@@ -234,9 +258,11 @@ impl ChannelEndpoint {
         &mut self,
         head: &MessageHead,
         body: Body<'_>,
+        to: To,
         limit: usize,
     ) -> Result<(), DropReason> {
-        let Some(receive) = self.receive.as_mut() else {
+        let (Some(receive), Some(queue)) = (self.receive.as_mut(), self.queues.get_mut(to.at))
+        else {
             return Err(DropReason::NotReady);
         };
         let Some(slot) = receive.take(false) else {
@@ -260,23 +286,23 @@ impl ChannelEndpoint {
             byte_count: (header.len() + body.len()) as u32,
             byte_offset: (slot as usize * receive.size) as u32,
         };
-        self.outgoing.make_room(1, limit);
-        self.outgoing.add(slot, range);
+        queue.outgoing.make_room(1, limit);
+        queue.outgoing.add(slot, range);
         Ok(())
     }
 
-    /// Whether the ring will surely take all that is pending and `count` more ranges, even if they start packets anew.
-    fn room_for(&mut self, count: usize) -> bool {
-        let ranges = self.outgoing.ranges.len() + count;
-        let packets = self.outgoing.ends.len() + 1 + count / MAX_RANGES_PER_PACKET;
-        let needed =
-            packets * (24 + PADDED + 8) + 8 * ranges + COMPLETION_BYTES * self.completions.len();
-        match self.writer.free() {
-            Ok(free) => free as usize > needed,
-            Err(error) => {
+    fn room_for(&mut self, to: To, count: usize) -> bool {
+        let room = self
+            .queues
+            .get_mut(to.at)
+            .map(|queue| queue.room_for(count));
+        match room {
+            Some(Ok(room)) => room,
+            Some(Err(error)) => {
                 self.lose(error);
                 false
             }
+            None => false,
         }
     }
 }
