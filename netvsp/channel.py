@@ -219,12 +219,11 @@ class Channel:
     def close_queue(self, index: int) -> None:
         """Lets go of a sub-channel's rings; the control message ``closed`` says that it has happened. What
         the guest has not completed there counts as lost: it gets no completion."""
-        queue = self._queues.pop(index) if index and index in self._queues else None
-        if queue is not None and self._receive is not None:
-            for group in queue.groups:
-                for place, _ in group:
-                    self._receive.put_back(place)
-            self._receive.reclaim(index)
+        self.flush()
+        if index and index in self._queues:
+            del self._queues[index]
+            if self._receive is not None:
+                self._receive.reclaim(index)
         self._queue_control(ControlPacket("closed", index, False, b""))
 
     def stats(self) -> dict[str, int]:
@@ -264,7 +263,8 @@ class Channel:
     def receive(self, limit: int) -> list[Frame]:
         """Frames from the guest, at most ``limit``; fewer means that nothing more is there now."""
         if not self._alive():
-            return []
+            # What came before the fault was good.
+            return [self._frames.popleft() for _ in range(min(limit, len(self._frames)))]
         frames: list[Frame] = []
         try:
             taken = 0
@@ -355,7 +355,6 @@ class Channel:
         if self._fault is None:
             self._fault = text
             self._forget_groups()
-            self._frames.clear()
             signal_fd(self.control_fd)
 
     def _take_packet(self, queue: Queue, raw: bytes) -> None:

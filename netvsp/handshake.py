@@ -62,6 +62,8 @@ class Handshake:
     """Looks up an accepted GPADL of this channel; raises KeyError or ValueError if there is none."""
     query_oid: Callable[[int, bytes], tuple[int, bytes]]
     """Answers an OID query: (NDIS status, data)."""
+    drop_gpadl: Callable[[bytes], None] = lambda kind: None
+    """Lets go of the GPADL of a refused buffer (``receive`` or ``send``): the guest waits for that."""
     sub_channel_limit: int = 0
     host_mtu: int = limits.MTU_DEFAULT
     step: Step = Step.INIT
@@ -173,6 +175,7 @@ class Handshake:
             count = length // size
             self.buffers.set_receive_buffer(pages.pfns, pages.byte_offset, length, message.id, size, count)
         except (KeyError, ValueError):
+            self.drop_gpadl(b"receive")
             return self._pack(
                 nvsp.SendReceiveBufferComplete(nvsp.NVSP_STAT_FAIL, (nvsp.ReceiveBufferSection(0, 0, 0, 0),))
             )
@@ -189,6 +192,7 @@ class Handshake:
                 raise ValueError(f"a send buffer of {length} bytes holds no section")
             self.buffers.set_send_buffer(pages.pfns, pages.byte_offset, length, limits.SEND_SECTION_SIZE)
         except (KeyError, ValueError):
+            self.drop_gpadl(b"send")
             return self._pack(nvsp.SendSendBufferComplete(nvsp.NVSP_STAT_FAIL, 0))
         self.send_buffer_id = message.id
         return self._pack(nvsp.SendSendBufferComplete(nvsp.NVSP_STAT_SUCCESS, limits.SEND_SECTION_SIZE))

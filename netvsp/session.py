@@ -10,6 +10,7 @@ Threads: on the event loop.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Protocol
 
 from hypervisor.vmbus.device import OpenedChannel
@@ -21,6 +22,8 @@ from netvsp.rndis_control import RndisControl
 from vswitch.drops import DropReason
 from vswitch_wire import ndis, nvsp, rndis
 from vswitch_wire.gpadl import GpaRange
+
+_log = logging.getLogger("netvsp")
 
 SEND_TABLE_ENTRIES = 16
 HOST_REQUEST_ID = 1 << 63
@@ -67,6 +70,7 @@ class Session:
             data,
             self._gpadl,
             self.control.query,
+            self._drop_gpadl,
             sub_channel_limit=nic.sub_channel_limit,
             host_mtu=nic.mtu + limits.ETHERNET_HEADER,
             mtu=min(limits.MTU_DEFAULT, nic.mtu + limits.ETHERNET_HEADER),
@@ -137,6 +141,10 @@ class Session:
                     self._take(kind, transaction_id, requested, payload)
                 except ProtocolError as error:
                     self._fault(str(error))
+                except Exception:
+                    # Whatever it is, a guest that waits for an answer for ever is worse.
+                    _log.exception("NIC %s: a %s message could not be handled", self.nic.name, kind)
+                    self._fault(f"the host failed on a message ({kind})")
         fault = self.data.fault()
         if fault is not None and not self._faulty:
             self._fault(fault)
@@ -165,9 +173,13 @@ class Session:
                 status = rndis.RNDIS_STATUS_TASK_OFFLOAD_CURRENT_CONFIG
                 self.control.indicate(status, self.adapter.offload.current())
         elif kind == "revoked":
-            gpadl = self._gpadls.pop(payload, None)
-            if gpadl is not None:
-                self.opened.release_gpadl(gpadl)
+            self._drop_gpadl(payload)
+
+    def _drop_gpadl(self, kind: bytes) -> None:
+        """Nothing touches the buffer (any more): the guest may have its GPADL back."""
+        gpadl = self._gpadls.pop(kind, None)
+        if gpadl is not None:
+            self.opened.release_gpadl(gpadl)
 
     def _gpadl(self, gpadl_id: int) -> GpaRange:
         pages: GpaRange = self.opened.gpadl(gpadl_id)

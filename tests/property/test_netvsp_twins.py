@@ -252,7 +252,7 @@ def guest_packets(draw: st.DrawFn) -> tuple[list[tuple[int, list[bytes]]], bytes
     return batches, bytes(memory)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(guest_packets())
 def test_any_packets_from_a_guest_mean_the_same_to_both_engines(
     given_packets: tuple[list[tuple[int, list[bytes]]], bytes],
@@ -281,7 +281,7 @@ frames = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(frames, max_size=12),
     st.integers(0, 127),
@@ -303,7 +303,10 @@ def test_any_frames_reach_a_guest_alike_from_both_engines(
             side.channel.set_link(link)
             side.channel.set_rss(*rss)
             verdicts = [side.endpoint.transmit(frame) for frame in sequence]
+            early = []
             if closes:
+                side.endpoint.flush()
+                early = sent_to_guest(side)
                 side.channel.close_queue(1)
                 assert side.endpoint.receive(1) == []
                 verdicts += [side.endpoint.transmit(frame) for frame in sequence]
@@ -311,7 +314,7 @@ def test_any_frames_reach_a_guest_alike_from_both_engines(
             results.append(
                 (
                     [None if verdict is None else int(verdict) for verdict in verdicts],
-                    sent_to_guest(side),
+                    early + sent_to_guest(side),
                     counters(side),
                     side.channel.drops(),
                     [tuple(item) for item in side.channel.take_control()],

@@ -72,6 +72,8 @@ pub struct ChannelEndpoint {
     places: [Option<u8>; MAX_QUEUES],
     /// Place of the queue being served.
     current: usize,
+    /// Frames were placed since the last `flush`.
+    placed: bool,
     rss: Option<Box<Rss>>,
     receive: Option<ReceiveBuffer>,
     send: Option<SendBuffer>,
@@ -99,6 +101,7 @@ impl ChannelEndpoint {
             queues: vec![Queue::new(primary)],
             places,
             current: 0,
+            placed: false,
             rss: None,
             receive: None,
             send: None,
@@ -254,6 +257,9 @@ impl Endpoint for ChannelEndpoint {
     }
 
     fn receive(&mut self, batch: &mut Batch) -> bool {
+        if self.placed {
+            self.flush();
+        }
         self.run_commands();
         if self.lost {
             return false;
@@ -273,12 +279,12 @@ impl Endpoint for ChannelEndpoint {
     }
 
     fn transmit(&mut self, frame: &FrameRef<'_>) -> Result<(), DropReason> {
-        // Not between two frames of a batch: a completion would take the room that the first was promised, and a
-        // revoked buffer would take the frame itself.
-        if self.outgoing.ranges.is_empty() {
+        // Not between the frames of a batch: a completion or a revoked buffer would take what was promised to them.
+        if !self.placed {
             self.run_commands();
         }
         let outcome = self.try_transmit(frame);
+        self.placed |= outcome.is_ok();
         if let Err(reason) = outcome {
             self.shared.count_drop(reason);
         }
@@ -286,6 +292,7 @@ impl Endpoint for ChannelEndpoint {
     }
 
     fn flush(&mut self) {
+        self.placed = false;
         if self.lost {
             return;
         }

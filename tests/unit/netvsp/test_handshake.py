@@ -253,3 +253,36 @@ async def test_a_control_message_longer_than_any_costs_the_channel(guest: Script
     await guest.pump()
     assert len(guest.faults) == 1
     assert "at most 8192 expected" in guest.faults[0]
+
+
+async def test_a_refused_buffer_is_given_back_at_once(guest: ScriptedGuest) -> None:
+    await guest.open()
+    await guest.ask(nvsp.Init(NvspVersion.V61, NvspVersion.V61).pack(40))
+    guest.gpadls[RECEIVE_GPADL] = (64, 4)
+    reply = nvsp.decode(await guest.ask(nvsp.SendReceiveBuffer(RECEIVE_GPADL, 0xCAFE).pack(40)))
+    assert isinstance(reply, nvsp.SendReceiveBufferComplete)
+    assert reply.status == nvsp.NVSP_STAT_FAIL
+    assert guest.released == [RECEIVE_GPADL]
+    guest.gpadls[SEND_GPADL] = (512, 1)
+    sent = nvsp.decode(await guest.ask(nvsp.SendSendBuffer(SEND_GPADL, 0).pack(40)))
+    assert isinstance(sent, nvsp.SendSendBufferComplete)
+    assert sent.status == nvsp.NVSP_STAT_FAIL
+    assert guest.released == [RECEIVE_GPADL, SEND_GPADL]
+
+
+async def test_what_the_host_fails_to_do_costs_the_channel_and_not_the_guests_patience(
+    guest: ScriptedGuest,
+) -> None:
+    await guest.up()
+
+    def none_left(count: int) -> None:
+        raise RuntimeError(f"{count} channels, no more are allowed")
+
+    guest.opened.offer_sub_channels = none_left
+    guest.nic.sub_channel_limit = 1
+    session = guest.nic._session
+    assert session is not None
+    session.handshake.sub_channel_limit = 1
+    guest.inband(nvsp.SubchannelRequest(1, 1).pack(40))
+    await guest.pump()
+    assert guest.faults == ["NIC eth0: the host failed on a message (inband)"]
