@@ -7,6 +7,7 @@ Body: `u64 sequence, 8 x u32 reserved`. Every two seconds the host sends a numbe
 from __future__ import annotations
 
 import enum
+import logging
 import struct
 from datetime import UTC, datetime
 from typing import ClassVar
@@ -15,7 +16,9 @@ from uuid import UUID
 from hypervisor.clock import Clock
 from hypervisor.integration import icmsg
 from hypervisor.integration.icmsg import Version
-from hypervisor.integration.service import Answer, IntegrationService, pause
+from hypervisor.integration.service import Answer, IntegrationError, IntegrationService, pause
+
+_log = logging.getLogger("hypervisor.integration")
 
 VERSIONS = (Version(1, 0), Version(3, 0))
 INTERVAL_SECONDS = 2.0
@@ -55,14 +58,17 @@ class Heartbeat(IntegrationService):
     async def serve(self) -> None:
         """A beat every two seconds, as long as each is answered."""
         while True:
-            session = self._ready()
-            async with session.lock:
-                answer = self.start(session, _BODY.pack(self._sequence))
-                lost = self.clock.call_later(LOST_SECONDS, lambda: self._change(HeartbeatState.LOST))
-                try:
-                    self._beat(await answer)
-                finally:
-                    lost.cancel()
+            lost = self.clock.call_later(LOST_SECONDS, lambda: self._change(HeartbeatState.LOST))
+            try:
+                session = self._ready()
+                async with session.lock:
+                    self._beat(await self.start(session, _BODY.pack(self._sequence)))
+            except IntegrationError as error:
+                # The request could not be sent: a later one may.
+                _log.debug("%s", error)
+                self._change(HeartbeatState.LOST)
+            finally:
+                lost.cancel()
             await pause(self.clock, INTERVAL_SECONDS)
 
     def _beat(self, answer: Answer) -> None:

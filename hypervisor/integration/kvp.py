@@ -22,8 +22,8 @@ _log = logging.getLogger("hypervisor.integration")
 
 VERSIONS = (Version(1, 0), Version(3, 0), Version(4, 0))
 IP_INFO_FROM = Version(4, 0)
-ANSWER_SECONDS = 60.0
-"""Beyond the 30 s after which the guest's kernel answers for its daemon."""
+ANSWER_SECONDS = 90.0
+"""Beyond the 30 s after which the guest's kernel answers for its daemon, for this request and two before."""
 REFRESH_SECONDS = 15.0
 ENTRIES_LIMIT = 256
 """Entries taken of one pool; a guest that has more is cut short."""

@@ -168,19 +168,25 @@ class IntegrationService:
     # --- requests ---
 
     async def request(self, body: bytes | Callable[[], bytes], seconds: float) -> Answer:
-        """One request of this service and its answer. IntegrationError.
+        """One request of this service and its answer. IntegrationError, also after `seconds`, in which the
+        answers to the requests before are waited for, too.
 
         A callable makes the body at the moment of sending.
         """
-        session = self._ready()
+        exchange = asyncio.ensure_future(self._exchange(self._ready(), body))
+        try:
+            return await deadline(self.clock, seconds, exchange, self.name)
+        except TimeoutError:
+            raise IntegrationError(
+                f"{self.name}: the guest has not answered within {seconds:g} s; see its console"
+            ) from None
+        finally:
+            exchange.cancel()
+
+    async def _exchange(self, session: Session, body: bytes | Callable[[], bytes]) -> Answer:
         async with session.lock:
-            future = self.start(session, body if isinstance(body, bytes) else body())
-            try:
-                return await deadline(self.clock, seconds, asyncio.shield(future), self.name)
-            except TimeoutError:
-                raise IntegrationError(
-                    f"{self.name}: the guest has not answered within {seconds:g} s; see its console"
-                ) from None
+            # The answer stays awaited when nobody waits for it any more.
+            return await asyncio.shield(self.start(session, body if isinstance(body, bytes) else body()))
 
     def _ready(self) -> Session:
         session = self._session

@@ -49,8 +49,8 @@ class IntegrationServices:
 
     async def offer(self) -> None:
         """Offer the four devices; once."""
-        if not self._offers:
-            self._offers = [await self._partition.vmbus.offer(service) for service in self._services]
+        for service in self._services[len(self._offers) :]:
+            self._offers.append(await self._partition.vmbus.offer(service))
 
     async def close(self) -> None:
         """Take the devices away; returns when nothing of them touches the guest any more."""

@@ -65,17 +65,18 @@ class TimeSync(IntegrationService):
 
     async def sync(self, seconds: float = ANSWER_SECONDS) -> None:
         """Set the guest's clock to the host's time; returns when its driver has it. IntegrationError."""
-        self._note_offset()
+        offset = self._offset()
         answer = await self.request(lambda: self._body(FLAG_SYNC), seconds)
         if answer.status != icmsg.HV_S_OK:
             raise IntegrationError(f"time sync: the guest refuses: {icmsg.status_text(answer.status)}")
+        self._offset_ns = offset
 
     async def serve(self) -> None:
         """Set the clock once, then samples, and again when the host's clock was set."""
         flags = FLAG_SYNC
         while True:
             try:
-                self._note_offset()
+                self._offset_ns = self._offset()
                 await self._sample(flags)
                 flags = FLAG_SAMPLE
             except IntegrationError as error:
@@ -96,8 +97,8 @@ class TimeSync(IntegrationService):
         reference = 0 if self._reference_time is None else self._reference_time()
         return pack_sample(version, self.clock.wall_ns(), reference, flags)
 
-    def _note_offset(self) -> None:
-        self._offset_ns = self.clock.wall_ns() - self.clock.now_ns()
+    def _offset(self) -> int:
+        return self.clock.wall_ns() - self.clock.now_ns()
 
     def _jumped(self) -> bool:
-        return abs(self.clock.wall_ns() - self.clock.now_ns() - self._offset_ns) >= JUMP_NS
+        return abs(self._offset() - self._offset_ns) >= JUMP_NS

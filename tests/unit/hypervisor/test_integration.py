@@ -7,6 +7,7 @@ import struct
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -270,6 +271,30 @@ async def test_samples_go_on_after_a_request_that_was_given_up(bench: Bench) -> 
     await bench.advance(6, lambda: bench.timesync.samples > 0)
 
 
+async def test_a_guest_that_answers_no_sample_is_an_error_for_who_sets_its_clock(bench: Bench) -> None:
+    await bench.opened(bench.timesync, stock_utils.TIMESYNC, "time sync")
+    await until(lambda: len(bench.timesync.clock_ns) == 1)
+    bench.timesync.mute = True
+    await bench.advance(6)  # a sample waits for its answer
+    asking = asyncio.ensure_future(bench.services.sync_time())
+    await bench.advance(11)
+    assert asking.done()
+    with pytest.raises(IntegrationError, match="not answered within 10 s"):
+        await asking
+
+
+async def test_a_host_clock_that_was_set_is_followed_also_after_a_request_that_failed(bench: Bench) -> None:
+    await bench.opened(bench.timesync, stock_utils.TIMESYNC, "time sync")
+    await until(lambda: len(bench.timesync.clock_ns) == 1)
+    bench.clock.wall_offset_ns += HOUR_NS
+    bench.timesync.kind = 77  # refuses
+    with pytest.raises(IntegrationError, match="the guest refuses"):
+        await bench.services.sync_time()
+    bench.timesync.kind = 4
+    await bench.advance(6, lambda: len(bench.timesync.clock_ns) == 2)
+    assert abs(bench.timesync.clock_ns[-1] - bench.clock.wall_ns()) < 2 * 10**9
+
+
 async def test_without_the_guests_reference_counter_version_4_is_not_offered(tmp_path: Path) -> None:
     clock = WarpClock()
     world = World(tmp_path / "run", clock=clock)
@@ -323,6 +348,25 @@ async def test_a_late_answer_brings_the_heartbeat_back(bench: Bench) -> None:
     bench.heartbeat.mute = False
     bench.heartbeat.interrupted()
     await until(lambda: bench.services.heartbeat_state is HeartbeatState.OK)
+
+
+async def test_a_guest_whose_ring_stays_full_is_lost_though_it_answered(bench: Bench) -> None:
+    """It answers each request and never gives the ring's bytes back."""
+    await bench.opened(bench.heartbeat, stock_utils.HEARTBEAT, "heartbeat")
+    await until(lambda: bench.services.heartbeat_state is HeartbeatState.OK)
+    reader = bench.heartbeat.reader
+    bench.heartbeat.reader = SimpleNamespace(read=reader.read, commit=lambda: False)  # type: ignore[assignment]
+    for _ in range(200):
+        bench.clock.advance(2.1)
+        await asyncio.sleep(0.002)
+        bench.heartbeat.interrupted()  # the host need not signal: the ring was not empty
+        await asyncio.sleep(0.012)
+        if bench.services.heartbeat_state is HeartbeatState.LOST:
+            break
+    assert bench.services.heartbeat_state is HeartbeatState.LOST
+    reader.commit()
+    bench.heartbeat.reader = reader
+    await bench.advance(3, lambda: bench.services.heartbeat_state is HeartbeatState.OK)
 
 
 async def test_a_wrong_number_is_no_heartbeat(bench: Bench) -> None:
