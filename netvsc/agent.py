@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Agent", "Options"]
 
+FIRST_SECONDS = 20.0
+"""How long a new guest waits for the daemon that started it, be its grace period shorter."""
 CONFIGURE_TIMEOUT = 15.0
 TERMINATE_TIMEOUT = 1.0
 
@@ -61,6 +63,7 @@ class Agent:
         self._door = door
         self._ending = asyncio.Event()
         self._lost = asyncio.Event()
+        self._entered = False
         self._programs = Programs(self._on_exit)
         self._vmbus: VmbusClient | None = None
         self._synic: Synic | None = None
@@ -97,8 +100,9 @@ class Agent:
         accept = asyncio.ensure_future(self._door.accept())
         ending = asyncio.ensure_future(self._ending.wait())
         try:
+            patience = self._options.grace if self._entered else max(self._options.grace, FIRST_SECONDS)
             done, _ = await asyncio.wait(
-                {accept, ending}, timeout=self._options.grace, return_when=asyncio.FIRST_COMPLETED
+                {accept, ending}, timeout=patience, return_when=asyncio.FIRST_COMPLETED
             )
         finally:
             ending.cancel()
@@ -107,9 +111,10 @@ class Agent:
             with contextlib.suppress(asyncio.CancelledError, OSError, WireError):
                 await accept
             if not self._ending.is_set():
-                _log.warning("guest %s: no daemon for %g s, it ends", self._options.name, self._options.grace)
+                _log.warning("guest %s: no daemon for %g s, it ends", self._options.name, patience)
             return False
         self._lost.clear()
+        self._entered = True
         resumed = accept.result()
         try:
             await self._enter(resumed)

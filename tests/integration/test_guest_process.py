@@ -232,6 +232,14 @@ async def test_without_a_daemon_the_guest_ends_after_its_grace_period(tmp_path: 
         assert "no daemon for 0.5 s" in guest.log.read_text()
 
 
+async def test_without_a_grace_period_the_guest_starts_and_ends_with_its_door(tmp_path: Path) -> None:
+    async with world("python", tmp_path) as lab:
+        guest = await lab.add("a", "--grace", "0")
+        lose_door(lab, guest)
+        async with asyncio.timeout(5):
+            assert await guest.keeper.wait() == 3
+
+
 @pytest.mark.parametrize("victim", ["agent", "keeper"])
 async def test_killing_either_process_of_a_guest_ends_all_of_it_and_nothing_else(
     victim: str, tmp_path: Path
