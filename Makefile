@@ -8,7 +8,8 @@ BIN    := $(VENV)/bin
 CARGO  ?= cargo
 CARGO_OUT := $(or $(CARGO_TARGET_DIR),native/target)
 PYTEST_ARGS ?=
-TEST_JOBS ?= $(shell nproc)
+# More workers than processors: tests also wait.
+TEST_JOBS ?= $(shell expr $$(nproc) + 1)
 # `make test GUESTS=no` leaves out the stock guests; `make guests KERNEL=bzImage MODULES=lib/modules/RELEASE [INITRD=F]` boots yours.
 GUESTS ?= yes
 GUESTS_ARGS ?=

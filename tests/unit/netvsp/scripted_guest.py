@@ -174,11 +174,16 @@ class ScriptedGuest:
                     self.ingress_drops[reason] = self.ingress_drops.get(reason, 0) + count
                 endpoint.rearm()
             await asyncio.sleep(0.001)
+        self.read()
+
+    def read(self) -> ScriptedGuest:
+        """Takes what lies in the ring into the inbox."""
         self.inbox += [packet.decode(bytes(raw)) for raw in self.reader.read(10_000)]
         self.reader.commit()
         for sub in self.subs.values():
             sub.inbox += [packet.decode(bytes(raw)) for raw in sub.reader.read(10_000)]
             sub.reader.commit()
+        return self
 
     def take(self) -> list[packet.Packet]:
         taken, self.inbox = self.inbox, []

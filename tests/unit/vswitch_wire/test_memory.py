@@ -194,7 +194,7 @@ def test_flag_k_is_bit_k_mod_8_of_byte_k_div_8(guest: memory.GuestMemory) -> Non
 @pytest.mark.skipif(not vswitch_native.AVAILABLE, reason=vswitch_native.WHY)
 def test_native_flags_lose_nothing_between_two_threads(regions: list[memory.Region]) -> None:
     guests = [engines.memory_class("native")(regions) for _ in range(2)]
-    rounds = 20000
+    rounds = 4000
     taken = 0
 
     def take() -> None:
