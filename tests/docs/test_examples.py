@@ -58,13 +58,19 @@ def test_python_snippets_run(place: str, text: str, tmp_path: Path) -> None:
     assert done.returncode == 0, f"{place}:\n{done.stdout}{done.stderr}"
 
 
+def vswitch_commands() -> list[tuple[str, list[str]]]:
+    """(page and number, `vswitch ...` lines) of every block that has any."""
+    blocks = [
+        (place, [line for line in text.splitlines() if line.startswith("vswitch ")])
+        for place, text in fences("sh")
+    ]
+    return [(place, commands) for place, commands in blocks if commands]
+
+
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize(("place", "text"), fences("sh"), ids=lambda value: str(value)[:60])
-def test_vswitch_commands_run_in_the_order_shown(place: str, text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("place", "commands"), vswitch_commands(), ids=lambda value: str(value)[:60])
+def test_vswitch_commands_run_in_the_order_shown(place: str, commands: list[str], tmp_path: Path) -> None:
     """`vswitch ...` lines of one block run one after the other against a daemon of their own."""
-    commands = [line for line in text.splitlines() if line.startswith("vswitch ")]
-    if not commands:
-        return
     environment = os.environ | {
         "VSWITCH_RUN_DIR": str(tmp_path / "run"),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import struct
+from pathlib import Path
 
 import pytest
 from hypervisor_world import RawGuest, World, until
@@ -104,7 +105,7 @@ async def test_an_unknown_version_is_refused(world: World) -> None:
     guest.close()
 
 
-async def test_a_silent_guest_is_given_up_when_the_clock_says_so(tmp_path) -> None:  # type: ignore[no-untyped-def]
+async def test_a_silent_guest_is_given_up_when_the_clock_says_so(tmp_path: Path) -> None:
     clock = ManualClock()
     world = World(tmp_path, clock=clock)
     partition = await world.host.create_partition("a", memory_bytes=1 << 20)

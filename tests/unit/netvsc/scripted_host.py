@@ -25,7 +25,7 @@ MAC = bytes.fromhex("00155d010203")
 INSTANCE = UUID(int=7)
 
 
-async def until(condition: Callable[[], bool], *, seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], *, seconds: float = 20.0) -> None:
     """Wait for something another task or process brings about; TimeoutError when it does not."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110

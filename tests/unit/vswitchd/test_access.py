@@ -53,12 +53,15 @@ def test_every_method_of_the_api_has_a_role_and_nothing_else_has() -> None:
 
 
 @pytest.mark.parametrize("method", sorted(api_methods()))
-def test_looking_is_for_viewers_and_making_or_deleting_for_admins(method: str) -> None:
+def test_looking_is_for_viewers_use_for_operators_and_making_or_deleting_for_admins(method: str) -> None:
     name = method.rpartition("/")[2]
-    if name.startswith(("Get", "List", "Watch")):
-        assert needed_role(method) is Role.VIEWER
-    if name.startswith(("Create", "BatchCreate")) or (name.startswith("Delete") and name != "DeleteCapture"):
-        assert needed_role(method) is Role.ADMIN
+    if name.startswith(("Get", "List", "Watch", "Trace")):
+        needed = Role.VIEWER
+    elif name.startswith(("Create", "BatchCreate", "Delete", "Shutdown")) and name != "DeleteCapture":
+        needed = Role.ADMIN
+    else:
+        needed = Role.OPERATOR
+    assert needed_role(method) is needed
 
 
 def test_a_method_that_no_table_names_is_for_nobody() -> None:
