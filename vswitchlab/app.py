@@ -68,7 +68,7 @@ LabOption = Annotated[
     str | None, typer.Option("--lab", help="The lab's name, where several are up.", show_default=False)
 ]
 
-ROW = ("guest", "state", "nic", "port", "mac", "addresses", "nic_state")
+ROW = ("guest", "kind", "state", "nic", "port", "mac", "addresses", "nic_state")
 
 
 def _run(action: Callable[[AsyncClient], Awaitable[T]]) -> T:
@@ -134,10 +134,16 @@ def lab_up(file: FileArgument = None, output: Output = Format.TABLE) -> None:
 
 
 def _next(lab: Lab) -> str:
-    pair = [guest.name for guest in lab.guests if guest.nics and guest.hosts][:2]
-    if len(pair) == 2:
-        return f"vswitch lab ping {pair[0]} {pair[1]}"
-    return f"vswitch lab exec {lab.guests[0].name} -- ip address"
+    """What can be done with a lab that is up: our commands run in process guests alone."""
+    connected = [guest for guest in lab.guests if guest.nics and guest.hosts]
+    source = next((guest for guest in connected if not guest.machine), None)
+    target = next((guest for guest in connected if guest is not source), None)
+    if source and target:
+        return f"vswitch lab ping {source.name} {target.name}"
+    first = lab.guests[0].name
+    if lab.guests[0].machine:
+        return f"vswitch partition console {first}"
+    return f"vswitch lab exec {first} -- ip address"
 
 
 @lab_app.command("down")
@@ -167,9 +173,10 @@ def lab_list(output: Output = Format.TABLE) -> None:
     _run(act)
 
 
+@lab_app.command("status")
 @lab_app.command("show")
 def lab_show(name: NameArgument = None, output: Output = Format.TABLE) -> None:
-    """The guests of a lab that is up, their NICs, ports and addresses."""
+    """The guests of a lab that is up, their states, NICs, ports and addresses."""
     wanted = _name(name)
 
     async def act(client: AsyncClient) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vswitchlab.topology import Lab
+from vswitchlab.topology import Guest, Lab
 
 __all__ = ["mermaid", "text"]
 
@@ -17,7 +17,7 @@ def text(lab: Lab) -> str:
             (f"extension {extension.name}", extension.on_failure) for extension in switch.extensions
         ]
         rows += [
-            (f"{guest.name} {nic.name}", " ".join(str(address) for address in nic.addresses))
+            (f"{_name(guest)} {nic.name}", " ".join(str(address) for address in nic.addresses))
             for guest in lab.guests
             for nic in guest.nics
             if nic.switch == switch.name
@@ -26,24 +26,31 @@ def text(lab: Lab) -> str:
         for index, (left, right) in enumerate(rows):
             corner = "└──" if index == len(rows) - 1 else "├──"
             lines.append(f" {corner} {left:{width}}  {right}".rstrip())
-    alone = [guest.name for guest in lab.guests if not guest.nics]
+    alone = [_name(guest) for guest in lab.guests if not guest.nics]
     if alone:
         lines += ["", f"without a NIC: {', '.join(alone)}"]
     return "\n".join(lines)
 
 
 def mermaid(lab: Lab) -> str:
-    """A mermaid flowchart: switches as boxes with a double border, guests as rounded ones."""
+    """A mermaid flowchart: switches as boxes with a double border, guests as rounded ones, virtual
+    machines as hexagons.
+    """
     lines = ["graph LR"]
     for switch in lab.switches:
         extra = "".join(f"<br/>{extension.name}" for extension in switch.extensions)
         lines.append(f'  switch_{_id(switch.name)}[["{switch.name}{extra}"]]')
     for guest in lab.guests:
-        lines.append(f'  guest_{_id(guest.name)}("{guest.name}")')
+        shape = f'{{{{"{guest.name}<br/>vm"}}}}' if guest.machine else f'("{guest.name}")'
+        lines.append(f"  guest_{_id(guest.name)}{shape}")
         for nic in guest.nics:
             label = "<br/>".join([nic.name, *(str(address) for address in nic.addresses)])
             lines.append(f'  guest_{_id(guest.name)} ---|"{label}"| switch_{_id(nic.switch)}')
     return "\n".join(lines)
+
+
+def _name(guest: Guest) -> str:
+    return f"{guest.name} (vm)" if guest.machine else guest.name
 
 
 def _id(name: str) -> str:

@@ -221,14 +221,7 @@ async def _make_switch(client: AsyncClient, lab: Lab, switch: Switch, report: Si
 def _start_of(client: AsyncClient, lab: Lab, guest: Guest, report: Silent) -> Callable[[], Awaitable[None]]:
     async def start() -> None:
         report.doing(f"starting guest {guest.name}")
-        await client.create_partition(
-            guest.name,
-            hostname=guest.name,
-            hosts=guest.hosts,
-            engine=lab.engine,
-            memory_bytes=(guest.memory or 0) << 20,
-            labels=_labels(lab),
-        )
+        await _make_partition(client, lab, guest)
         for nic in guest.nics:
             await client.create_nic(
                 f"{guest.name}/{nic.name}",
@@ -242,6 +235,32 @@ def _start_of(client: AsyncClient, lab: Lab, guest: Guest, report: Silent) -> Ca
         report.done(f"guest {guest.name} runs")
 
     return start
+
+
+async def _make_partition(client: AsyncClient, lab: Lab, guest: Guest) -> None:
+    memory = (guest.memory or 0) << 20
+    machine = guest.machine
+    if machine is None:
+        await client.create_partition(
+            guest.name,
+            hostname=guest.name,
+            hosts=guest.hosts,
+            engine=lab.engine,
+            memory_bytes=memory,
+            labels=_labels(lab),
+        )
+        return
+    await client.create_kvm_partition(
+        guest.name,
+        kernel=str(machine.kernel),
+        initrd=str(machine.initrd or ""),
+        cmdline=machine.cmdline,
+        hostname=guest.name,
+        host_cpus=machine.host_cpus,
+        memory_bytes=memory,
+        vp_count=machine.cpus,
+        labels=_labels(lab),
+    )
 
 
 async def _each(actions: Iterable[Callable[[], Awaitable[None]]]) -> None:

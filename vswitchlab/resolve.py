@@ -9,10 +9,11 @@ from ipaddress import IPv4Network, IPv6Network, ip_address, ip_interface, ip_net
 from pathlib import Path as FilePath
 from typing import Any
 
+from vswitchlab.machines import machine, memory
 from vswitchlab.problems import LabFileError, Path, Problem, did_you_mean
 from vswitchlab.schema import check
 from vswitchlab.source import Source
-from vswitchlab.topology import Address, Extension, Gateway, Guest, Lab, Network, Nic, Switch
+from vswitchlab.topology import Address, Extension, Gateway, Guest, Lab, Machine, Network, Nic, Switch
 
 __all__ = ["resolve", "resolve_mapping"]
 
@@ -40,6 +41,7 @@ class _Resolver:
         name = self.raw.get("name") or self._name_from(self.source.file)
         switches = self._switches()
         drafts = self._drafts(name, {switch.name: switch for switch in switches})
+        machines = {guest: self._machine(guest) for guest in self.raw["guests"]}
         if self.problems:
             raise LabFileError(self.problems)
         self._number(drafts, {switch.name: switch for switch in switches})
@@ -52,7 +54,7 @@ class _Resolver:
                 nics[guest],
                 self._commands(guest),
                 _hosts(guest, nics),
-                self._guest(guest).get("memory"),
+                *machines[guest],
             )
             for guest in nics
         )
@@ -131,6 +133,10 @@ class _Resolver:
     def _guest(self, name: str) -> dict[str, Any]:
         raw = self.raw["guests"]
         return {} if isinstance(raw, list) else raw[name] or {}
+
+    def _machine(self, guest: str) -> tuple[int | None, Machine | None]:
+        body, path = self._guest(guest), ("guests", guest)
+        return memory(self._bad, path, body), machine(self._bad, self.source.directory, path, body)
 
     def _drafts(self, lab: str, switches: dict[str, Switch]) -> dict[str, list[_Draft]]:
         drafts: dict[str, list[_Draft]] = {}

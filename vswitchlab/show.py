@@ -40,7 +40,13 @@ async def lab_rows(client: AsyncClient, lab: RunningLab) -> list[dict[str, Any]]
     rows: list[dict[str, Any]] = []
     for partition in lab.partitions:
         state = _state(partition_pb2.PartitionState, partition.state, "PARTITION_STATE_")
-        base = {"guest": names.leaf(partition.name), "state": state, "detail": partition.detail}
+        kind = "vm" if partition.WhichOneof("spec") == "kvm" else "netns"
+        base = {
+            "guest": names.leaf(partition.name),
+            "kind": kind,
+            "state": state,
+            "detail": partition.detail,
+        }
         nics = await client.list_nics(partition.name)
         for nic in nics:
             rows.append(

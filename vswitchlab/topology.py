@@ -7,7 +7,7 @@ from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["Address", "Extension", "Gateway", "Guest", "Lab", "Network", "Nic", "Switch"]
+__all__ = ["Address", "Extension", "Gateway", "Guest", "Lab", "Machine", "Network", "Nic", "Switch"]
 
 Address = IPv4Interface | IPv6Interface
 Gateway = IPv4Address | IPv6Address
@@ -46,14 +46,33 @@ class Nic:
 
 
 @dataclass(frozen=True, slots=True)
+class Machine:
+    """What makes a guest a virtual machine. `host_cpus`: empty for all."""
+
+    kernel: Path
+    initrd: Path | None
+    cmdline: str
+    cpus: int
+    host_cpus: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Guest:
-    """A netns guest. `hosts`: the names it can resolve; `memory`: MiB, None for the daemon's default."""
+    """A netns guest, or a virtual machine where `machine` says so. `hosts`: the names it can resolve (a
+    virtual machine: by what its own system has); `memory`: MiB, None for the daemon's default.
+    """
 
     name: str
     nics: tuple[Nic, ...]
     commands: tuple[tuple[str, ...], ...]
     hosts: dict[str, tuple[str, ...]]
     memory: int | None
+    machine: Machine | None = None
+
+    @property
+    def kind(self) -> str:
+        """As in a lab file."""
+        return "vm" if self.machine else "netns"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +123,24 @@ class Lab:
                         }
                         for nic in guest.nics
                     ],
-                    "commands": [list(command) for command in guest.commands],
+                    **(_machine(guest.machine) if guest.machine else {"commands": _commands(guest)}),
                     **({"memory": guest.memory} if guest.memory else {}),
                 }
                 for guest in self.guests
             },
         }
+
+
+def _commands(guest: Guest) -> list[list[str]]:
+    return [list(command) for command in guest.commands]
+
+
+def _machine(machine: Machine) -> dict[str, Any]:
+    return {
+        "kind": "vm",
+        "kernel": str(machine.kernel),
+        **({"initrd": str(machine.initrd)} if machine.initrd else {}),
+        "cmdline": machine.cmdline,
+        "cpus": machine.cpus,
+        **({"host_cpus": list(machine.host_cpus)} if machine.host_cpus else {}),
+    }
