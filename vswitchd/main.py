@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+import vswitch_native
 from vswitch_wire.engine import Engine, check_engine, default_engine
 from vswitchd import logs
 from vswitchd.access import Role
@@ -58,6 +59,10 @@ def config_of(arguments: argparse.Namespace) -> Config:
         engine = check_engine(arguments.engine) if arguments.engine else default_engine()
     except RuntimeError as error:
         raise StartError(str(error)) from None
+    # Said here in a sentence, not by whatever call first misses something.
+    outdated = vswitch_native.outdated() if engine == "native" else ""
+    if outdated:
+        raise StartError(f"{outdated}, or start with --engine python")
     return Config(run_dir, socket, engine, roles, arguments.started_by)
 
 

@@ -337,3 +337,49 @@ def test_without_a_vmm_a_machine_says_what_is_missing(
     ) as error:
         daemon.client.start_partition("vm")
     assert error.value.reason == "NO_VMM"
+
+
+def test_a_lab_of_virtual_machines_comes_up_is_shown_and_leaves_nothing(
+    machine: RunningDaemon, kernel: Path
+) -> None:
+    machine.client.delete_partition("vm", force=True)
+    machine.client.delete_switch("s0", force=True)
+    file = kernel.with_name("machines.yaml")
+    file.write_text(
+        "guests:\n"
+        "  vm1: {kind: vm, kernel: vmlinuz, memory: 128M, cpus: 2}\n"
+        "  vm2: {kind: vm, kernel: vmlinuz, initrd: initrd, cmdline: console=ttyS0 quiet}\n"
+        "  box:\n"
+    )
+    up = machine.cli("lab", "up", str(file))
+    assert up.returncode == 0, up.stderr
+    assert "next: vswitch lab ping box vm1" in up.stderr
+    shown = [line.split() for line in machine.cli("lab", "status").stdout.splitlines()]
+    assert [line[:3] for line in shown[1:]] == [
+        ["box", "netns", "running"],
+        ["vm1", "vm", "running"],
+        ["vm2", "vm", "running"],
+    ]
+    log = machine.cli("partition", "log", "vm1").stdout
+    assert "2 processors, memory 0x0+0x8000000" in log
+    assert "vswitch.hostname=vm1 vswitch.nic=eth0,00:15:5d:" in log
+    assert ",10.77.0.1/24,fd77::1/64" in log
+    refused = machine.cli("lab", "exec", "vm1", "--", "true")
+    assert "no agent of ours runs in it" in refused.stderr
+    pids = [pid for each in machine.client.list_partitions() for pid in (each.pid, each.agent_pid)]
+    down = machine.cli("lab", "down")
+    assert down.returncode == 0, down.stderr
+    assert not any(map(alive, pids))
+    for directory in ("doors", "consoles"):
+        assert not list((machine.run_dir / directory).iterdir())
+    kernel.write_bytes(b"not a kernel")
+    up = machine.cli("lab", "up", str(file))
+    assert "is no Linux kernel for x86" in up.stderr
+    assert machine.client.list_partitions() == []
+
+
+def test_an_idle_daemon_that_stops_leaves_its_logs_alone(machine: RunningDaemon) -> None:
+    machine.client.delete_partition("vm", force=True)
+    machine.client.delete_switch("s0", force=True)
+    assert machine.process.terminate() == 0
+    assert sorted(path.name for path in machine.run_dir.iterdir()) == ["daemon.log", "logs"]

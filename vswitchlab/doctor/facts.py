@@ -56,6 +56,12 @@ class Facts:
     seccomp_filtered: bool = False
     layers: tuple[tuple[str, bool, str, str], ...] = ()
     native_missing: str = ""
+    machine: str = "x86_64"
+    vmm_missing: str = ""
+    kvm_refusal: str = ""
+    kvm_exists: bool = True
+    kvm_mode: str = "crw-rw----"
+    kvm_open: bool = True
     cargo: bool = True
     versions: dict[str, str] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
@@ -77,7 +83,8 @@ def gather(directory: Path | None = None) -> Facts:
     sockets = {path: _answers(path) for path in sorted(where.glob("*.sock"))} if where.is_dir() else {}
     answers = any(sockets.values())
     versions, missing = _versions()
-    tun = Path("/dev/net/tun")
+    tun, kvm = Path("/dev/net/tun"), Path("/dev/kvm")
+    vmm_missing, kvm_refusal = _virtual_machines()
     return Facts(
         uid=os.getuid(),
         python=sys.version_info[:3],
@@ -91,6 +98,12 @@ def gather(directory: Path | None = None) -> Facts:
         seccomp_filtered=_seccomp_filtered(),
         layers=_layers(),
         native_missing=native_missing(),
+        machine=platform.machine(),
+        vmm_missing=vmm_missing,
+        kvm_refusal=kvm_refusal,
+        kvm_exists=kvm.exists(),
+        kvm_mode=stat.filemode(kvm.stat().st_mode) if kvm.exists() else "",
+        kvm_open=os.access(kvm, os.R_OK | os.W_OK),
         cargo=shutil.which("cargo") is not None,
         versions=versions,
         missing=missing,
@@ -119,20 +132,37 @@ def _trial() -> tuple[Trial, str]:
 
 def native_missing() -> str:
     """Why the native module cannot be used, or an empty text. Tried in a process of its own: it may crash."""
-    code = "import vswitch_native; print(vswitch_native.WHY)"
+    code = "import vswitch_native; print(vswitch_native.WHY or vswitch_native.outdated())"
     try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", code],
-            env={**os.environ, **environment()},
-            capture_output=True,
-            timeout=20,
-            check=False,
-        )
+        done = _ask([sys.executable, "-P", "-c", code])
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"the native module could not be tried: {error}"
     if done.returncode:
         return f"loading the native module ends the process with status {done.returncode}"
     return done.stdout.decode(errors="replace").strip()
+
+
+def _virtual_machines() -> tuple[str, str]:
+    """Why there is no VMM, and why the one there is cannot run stock guests here; empty texts when all is
+    well. The VMM itself tries it (`vswitch-vmm --probe`).
+    """
+    code = "from vswitch_native import vmm; print(vmm.find() or ''); print(vmm.why())"
+    try:
+        asked = _ask([sys.executable, "-P", "-c", code])
+        program, why = [*asked.stdout.decode(errors="replace").splitlines(), "", ""][:2]
+        if not program:
+            return why or "the place of the VMM could not be found out", ""
+        answer = json.loads(_ask([program, "--probe"]).stdout or b"null")
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        return "", f"the VMM could not be tried: {error}"
+    if not isinstance(answer, dict) or "ok" not in answer:
+        return "", "the VMM gives no answer to --probe; run `make native`"
+    return "", "" if answer["ok"] else str(answer.get("why") or "the VMM gives no reason")
+
+
+def _ask(command: list[str]) -> subprocess.CompletedProcess[bytes]:
+    variables = {**os.environ, **environment()}
+    return subprocess.run(command, env=variables, capture_output=True, timeout=20, check=False)
 
 
 def _sysctls() -> dict[str, int]:

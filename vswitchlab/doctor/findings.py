@@ -95,6 +95,37 @@ def _native(facts: Facts) -> Finding:
     )
 
 
+def _virtual_machines(facts: Facts) -> Finding:
+    """One sentence on whether stock kernels boot here as Hyper-V guests."""
+    check = "virtual_machines"
+    cannot = "virtual machines cannot run (process guests can)"
+    if not facts.vmm_missing and not facts.kvm_refusal:
+        return _ok(check, "KVM here runs stock kernels as Hyper-V guests")
+    if facts.machine != "x86_64":
+        text = f"{cannot}: this machine is {facts.machine}, and Hyper-V guests here are x86-64"
+        return Finding(check, Level.WARNING, text, "use an x86-64 machine")
+    if not facts.kvm_exists:
+        if facts.container:
+            return Finding(
+                check,
+                Level.WARNING,
+                f"{cannot}: there is no /dev/kvm in this container",
+                "start it with `--device /dev/kvm`",
+            )
+        return Finding(
+            check,
+            Level.WARNING,
+            f"{cannot}: there is no /dev/kvm",
+            "switch virtualisation on in the firmware (in a virtual machine: nested virtualisation), then "
+            "sudo modprobe kvm_intel or kvm_amd",
+        )
+    if not facts.kvm_open:
+        text = f"{cannot}: uid {facts.uid} may not open /dev/kvm (mode {facts.kvm_mode})"
+        return Finding(check, Level.WARNING, text, "sudo usermod -aG kvm $USER, then log in again")
+    cause, _, remedy = (facts.vmm_missing or facts.kvm_refusal).partition("; ")
+    return Finding(check, Level.WARNING, f"{cannot}: {cause}", remedy or "see docs/guests.md")
+
+
 def _memory(facts: Facts) -> Finding:
     if facts.trial_error:
         return Finding("guest_memory", Level.WARNING, "could not be tried", "see user_namespaces")
@@ -270,6 +301,7 @@ _CHECKS: tuple[Callable[[Facts], Finding], ...] = (
     _python,
     _packages,
     _native,
+    _virtual_machines,
     _memory,
     _user_namespaces,
     _tap,

@@ -62,6 +62,7 @@ def finding(facts: Facts, check: str) -> Finding:
 
 def test_a_machine_that_has_all_gets_only_ok() -> None:
     assert {each.level for each in diagnose(WELL)} == {Level.OK}
+    assert finding(WELL, "virtual_machines").text == "KVM here runs stock kernels as Hyper-V guests"
     assert blockers(diagnose(WELL)) == []
 
 
@@ -115,6 +116,25 @@ CASES = [
     ("native_module", replace(WELL, native_missing="the native module is not built", cargo=False), Level.WARNING,
      "the native module is not built",
      "install a wheel of vswitch, or cargo (https://rustup.rs) and run `make native`"),
+    ("native_module", replace(WELL, native_missing="the native module is older than this source: it lacks wire.x; run `make native`"),
+     Level.WARNING, "the native module is older than this source: it lacks wire.x", "run `make native`"),
+    ("virtual_machines", replace(WELL, vmm_missing="vswitch-vmm is not built; install cargo and run `make native`, or a wheel"),
+     Level.WARNING, "virtual machines cannot run (process guests can): vswitch-vmm is not built",
+     "install cargo and run `make native`, or a wheel"),
+    ("virtual_machines", replace(WELL, kvm_refusal="no /dev/kvm", kvm_exists=False), Level.WARNING,
+     "there is no /dev/kvm",
+     "switch virtualisation on in the firmware (in a virtual machine: nested virtualisation), then sudo modprobe "
+     "kvm_intel or kvm_amd"),
+    ("virtual_machines", replace(WELL, kvm_refusal="no /dev/kvm", kvm_exists=False, container="docker"), Level.WARNING,
+     "there is no /dev/kvm in this container", "start it with `--device /dev/kvm`"),
+    ("virtual_machines", replace(WELL, kvm_refusal="permission denied", kvm_open=False), Level.WARNING,
+     "uid 1000 may not open /dev/kvm (mode crw-rw----)", "sudo usermod -aG kvm $USER, then log in again"),
+    ("virtual_machines", replace(WELL, vmm_missing="not built", machine="aarch64"), Level.WARNING,
+     "this machine is aarch64, and Hyper-V guests here are x86-64", "use an x86-64 machine"),
+    ("virtual_machines",
+     replace(WELL, kvm_refusal="this machine's KVM cannot run Hyper-V guests: it lacks KVM_CAP_HYPERV_SYNIC2; use another kernel"),
+     Level.WARNING, "it lacks KVM_CAP_HYPERV_SYNIC2", "use another kernel"),
+    ("virtual_machines", replace(WELL, kvm_refusal="no reason"), Level.WARNING, "no reason", "see docs/guests.md"),
     ("python", replace(WELL, python=(3, 10, 4)), Level.ERROR, "Python 3.10.4 is too old", "use Python 3.11 or newer"),
     ("packages", replace(WELL, missing=("grpcio", "scapy")), Level.ERROR, "not installed: grpcio", "pip install grpcio"),
     ("packages", replace(WELL, versions={"grpcio": "1.62.0"}), Level.ERROR,
@@ -180,3 +200,21 @@ def test_this_machine_is_really_probed(tmp_path: Path) -> None:
     assert all(outcome == "ok" or hasattr(errno, outcome) for outcome in facts.trial.values())
     assert len(diagnose(facts)) >= 10
     assert not facts.daemon_answers
+
+
+def test_the_vmm_itself_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vmm = tmp_path / "vmm"
+    for answer, refusal in (
+        ('{"ok": true, "why": "", "caps": {}}', ""),
+        ('{"ok": false, "why": "no SynIC; use another kernel", "caps": {}}', "no SynIC; use another kernel"),
+        ("gibberish", "the VMM could not be tried: Expecting value: line 1 column 1 (char 0)"),
+    ):
+        vmm.write_text(f"#!/bin/sh\ntest $1 = --probe && echo '{answer}'\n")
+        vmm.chmod(0o755)
+        monkeypatch.setenv("VSWITCH_VMM", str(vmm))
+        facts = gather(tmp_path / "run")
+        assert (facts.vmm_missing, facts.kvm_refusal) == ("", refusal)
+    monkeypatch.setenv("VSWITCH_VMM", "/nowhere/vmm")
+    assert gather(tmp_path / "run").vmm_missing.startswith(
+        "VSWITCH_VMM names /nowhere/vmm, which is no program"
+    )

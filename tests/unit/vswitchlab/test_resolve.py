@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from vswitchlab import LabFileError, load_file, load_text, resolve
+from vswitchlab import LabFileError, graph, load_file, load_text, resolve
 from vswitchlab.resolve import resolve_mapping
 from vswitchlab.schema import schema
 
 ROOT = Path(__file__).parents[3]
 LABS = sorted((ROOT / "examples" / "labs").glob("*.yaml"))
+
+
+def test_a_virtual_machine_has_its_files_seen_from_the_lab_file_and_addresses_like_any_guest(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "boot").mkdir()
+    for name in ("vmlinuz", "initrd"):
+        (tmp_path / "boot" / name).touch()
+    web = {
+        "kind": "vm",
+        "kernel": "boot/vmlinuz",
+        "initrd": "boot/initrd",
+        "memory": "1G",
+        "cpus": 4,
+        "host_cpus": [1],
+    }
+    lab = resolve_mapping({"guests": {"web": web, "box": {"memory": 64}}}, directory=tmp_path)
+    machine = lab.guest("web").machine
+    assert machine is not None
+    assert (machine.kernel, machine.initrd) == (tmp_path / "boot" / "vmlinuz", tmp_path / "boot" / "initrd")
+    assert (machine.cmdline, machine.cpus, machine.host_cpus) == ("console=ttyS0", 4, (1,))
+    assert (lab.guest("web").kind, lab.guest("web").memory) == ("vm", 1024)
+    assert (lab.guest("box").kind, lab.guest("box").memory) == ("netns", 64)
+    assert lab.guest("box").hosts["web"] == ("10.77.0.1", "fd77::1")
+    assert resolve_mapping(lab.as_dict(), directory=tmp_path) == replace(lab, file="<lab>")
+    assert "web (vm) eth0  10.77.0.1/24" in graph.text(lab)
+    assert 'guest_web{{"web<br/>vm"}}' in graph.mermaid(lab)
 
 
 def test_two_names_are_a_whole_lab() -> None:
