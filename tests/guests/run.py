@@ -29,7 +29,7 @@ from tests.guests.packages import OUTPUT, ROOT, GuestsUnavailable, Suite
 # MiB per transfer. Under emulation a guest's processor does a few MB/s; the size alone differs.
 VOLUME_REAL = 1024
 VOLUME_EMULATED = 4
-SECONDS_FOR_EACH = 330
+SECONDS_FOR_EACH = 500
 
 
 def _package_hashes(image: KernelImage) -> dict[str, str]:

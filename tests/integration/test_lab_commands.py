@@ -55,8 +55,8 @@ def test_up_exec_ping_down_without_a_daemon_running(vswitch: Shell) -> None:
     up = vswitch("lab", "up", TWO)
     assert up.returncode == 0, up.stderr
     table = up.stdout.splitlines()
-    assert table[0].split()[:4] == ["GUEST", "STATE", "NIC", "PORT"]
-    assert table[1].split() == ["a", "running", "eth0", "s0/a-eth0", *table[1].split()[4:5],
+    assert table[0].split()[:5] == ["GUEST", "KIND", "STATE", "NIC", "PORT"]
+    assert table[1].split() == ["a", "netns", "running", "eth0", "s0/a-eth0", *table[1].split()[5:6],
                                 "10.77.0.1/24", "fd77::1/64", "open"]  # fmt: skip
     assert "[1/3] switch s0 is there" in up.stderr
     assert up.stderr.splitlines()[-1] == "next: vswitch lab ping a b"

@@ -33,7 +33,7 @@ class Lab:
     def __init__(self, folder: Path, kernel: str, initrd: str) -> None:
         self.folder = folder
         self.run_dir = Path(tempfile.mkdtemp(prefix="lab-"))
-        self.daemon = start_daemon(self.run_dir, started_by="test")
+        self.daemon = start_daemon(self.run_dir, started_by="test", timeout=90)
         self.client = Client(self.daemon.socket)
         self.guests: dict[str, StockGuest] = {}
         self.environment = {
@@ -167,7 +167,7 @@ def test_guests_live_on_when_the_daemon_is_killed_and_a_new_one_finds_them(lab: 
     lab.guests["m1"].sh("echo remembered >/run/note")
     lab.daemon.kill()
     assert all(map(alive, pids.values()))
-    lab.daemon = start_daemon(lab.run_dir, started_by="test")
+    lab.daemon = start_daemon(lab.run_dir, started_by="test", timeout=90)
     again = {each.name: each for each in lab.client.list_partitions()}
     assert {each.state for each in again.values()} == {RUNNING}
     assert {name: each.agent_pid for name, each in again.items()} == pids
