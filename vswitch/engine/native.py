@@ -1,8 +1,8 @@
 """The native engine behind the same interface: the worker thread's datapath, wrapped for the asyncio loop.
 
-Calls block the loop for at most one batch of the worker. Traces, barriers and the datapath's own events
-come back
-through an eventfd that the loop watches from the first time it is needed.
+Calls block the loop for at most one batch of the worker, a barrier for the batches in front of it. Traces,
+barriers and the datapath's own events come back through an eventfd that the loop watches from the first time
+it is needed.
 """
 
 from __future__ import annotations

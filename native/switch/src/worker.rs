@@ -6,7 +6,8 @@
 //! out of use once [`Worker::quiesce`] has returned true: the worker passes a quiescent point between two batches.
 //!
 //! # Threads
-//! The core belongs to the worker alone. Callers block for at most one batch.
+//! The core belongs to the worker alone. Callers block for at most one batch, behind a barrier for what it takes from
+//! the endpoints: `BARRIER_ROUNDS` batches of each at most.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
