@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Any, Protocol
 
+from vswitchlab import files
 from vswitchlab.problems import Path as Place
-from vswitchlab.problems import did_you_mean
 from vswitchlab.topology import Machine
 
 __all__ = ["DEFAULT_CMDLINE", "machine", "memory"]
@@ -66,8 +66,7 @@ def machine(bad: Report, directory: Path, path: Place, body: dict[str, Any]) -> 
 
 def _file(bad: Report, directory: Path, path: Place, text: str) -> Path:
     file = (directory / Path(text).expanduser()).resolve()
-    if not file.is_file():
-        there = [each.name for each in file.parent.iterdir()] if file.parent.is_dir() else []
-        remedy = did_you_mean(file.name, there) or "paths are seen from the lab file's folder"
-        bad(path, f"there is no file {file}", remedy)
+    wrong = files.problem(file)
+    if wrong is not None:
+        bad(path, *wrong)
     return file

@@ -9,6 +9,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_address, ip_interface, ip_net
 from pathlib import Path as FilePath
 from typing import Any
 
+from vswitchlab import files
 from vswitchlab.machines import machine, memory
 from vswitchlab.problems import LabFileError, Path, Problem, did_you_mean
 from vswitchlab.schema import check
@@ -119,10 +120,9 @@ class _Resolver:
             file = (self.source.directory / body["file"]).resolve()
             stem = re.sub(r"[^a-z0-9_-]+", "-", file.stem.lower()).strip("-_0123456789")[:63]
             name = body.get("name") or stem or "extension"
-            if not file.is_file():
-                near = did_you_mean(file.name, (each.name for each in file.parent.glob("*.py")))
-                remedy = near or "paths are seen from the lab file's folder"
-                self._bad(here, f"there is no file {file}", remedy)
+            wrong = files.problem(file, ".py")
+            if wrong is not None:
+                self._bad(here, *wrong)
             elif name in (known.name for known in result):
                 self._bad(here, f'two extensions are named "{name}"', "give one of them a name")
             result.append(Extension(name, file, body.get("on_failure", "open")))

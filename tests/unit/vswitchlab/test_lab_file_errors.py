@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,23 @@ def test_a_file_that_is_not_there_is_named() -> None:
         match=r"^/no/such\.yaml:1:1: cannot read the lab file: no such file or directory; check the path$",
     ):
         load_file("/no/such.yaml")
+
+
+def test_a_folder_that_may_not_be_entered_is_a_problem_of_the_file_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = tmp_path / "shut" / "vmlinuz"
+
+    def stat(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        if path == kernel:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return os.stat(path, follow_symlinks=follow_symlinks)
+
+    file = tmp_path / "lab.yaml"
+    file.write_text(f"guests:\n  a: {{kind: vm, kernel: {kernel}}}\n", encoding="utf-8")
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(LabFileError, match=r"vmlinuz cannot be looked at: permission denied; copy it"):
+        resolve(load_file(file))
 
 
 def test_a_file_larger_than_a_mebibyte_is_refused(tmp_path: Path) -> None:
