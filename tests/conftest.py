@@ -75,8 +75,10 @@ class RunningDaemon:
     def end(self) -> None:
         """Ends the daemon, its guests, and removes its directory."""
         self.note_guests()
-        with contextlib.suppress(VswitchError):
+        try:
             self.client.shutdown(stop_guests=True)
+        except VswitchError:  # it has ended, or the test took its socket away
+            self.process.process.terminate()
         self.client.close()
         try:
             self.process.process.wait(10)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypervisor_world import PAGE, EchoDevice, RawGuest, World, until
 
@@ -94,7 +96,7 @@ async def test_the_hypercall_page_needs_a_guest_os_id_and_can_be_locked(world: W
     guest.close()
 
 
-async def test_reference_time_counts_100_ns_units_of_the_injected_clock(tmp_path) -> None:  # type: ignore[no-untyped-def]
+async def test_reference_time_counts_100_ns_units_of_the_injected_clock(tmp_path: Path) -> None:
     clock = ManualClock()
     world = World(tmp_path, clock=clock)
     guest = await started(world)

@@ -52,7 +52,6 @@ async def test_versions_are_tried_newest_first_down_to_the_one_the_host_takes(
 
 
 async def test_a_host_that_takes_no_version_is_named_in_the_error(host: Host, nic: Nic) -> None:
-    host.refuse_above = nvsp.NvspVersion(nvsp.NvspVersion.V1)
     host.refuse_above = 0  # type: ignore[assignment]
     with pytest.raises(
         DriverError, match=f"NIC {host.offer.instance_id}: the host refused every NVSP version"
