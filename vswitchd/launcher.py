@@ -102,7 +102,14 @@ class GuestProcess:
             child.kill()
             await asyncio.to_thread(child.wait)
             raise
-        guest = cls(child.pid, os.pidfd_open(child.pid), start_time(child.pid), on_exit, what.status_path)
+        try:
+            pidfd = os.pidfd_open(child.pid)
+        except OSError:
+            # Nobody could watch it.
+            child.kill()
+            await asyncio.to_thread(child.wait)
+            raise
+        guest = cls(child.pid, pidfd, start_time(child.pid), on_exit, what.status_path)
         guest._child = child
         return guest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -17,6 +18,12 @@ from vswitchd.launcher import Ending, GuestProcess, Launch, cut_log, start_time
 
 def program(text: str, directory: Path, *fds: int) -> Launch:
     return Launch([sys.executable, "-c", text], {}, fds, directory / "a.log")
+
+
+def children() -> set[str]:
+    """Those of every thread of this process."""
+    lists = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    return {pid for each in lists for pid in each.read_text().split()}
 
 
 @pytest.fixture
@@ -48,6 +55,19 @@ async def test_a_launched_guest_holds_its_door_and_its_streams_alone(tmp_path: P
     assert int(session) == guest.pid
     os.close(door)
     os.close(other)
+
+
+async def test_a_guest_that_cannot_be_watched_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(pid: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "pidfd_open", full)
+    before = children()
+    with pytest.raises(OSError, match="Too many open files"):
+        await GuestProcess.launch(program("import time; time.sleep(60)", tmp_path), lambda how: None)
+    assert children() <= before
 
 
 async def test_a_log_that_is_a_link_is_not_followed(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,7 +88,7 @@ class FullDisk:
     def __getattr__(self, name: str) -> object:
         return getattr(self.connection, name)
 
-    def execute(self, statement: str, *parameters: object) -> object:
+    def execute(self, statement: str, *parameters: Any) -> object:
         if statement == "COMMIT":
             raise sqlite3.OperationalError("database or disk is full")
         return self.connection.execute(statement, *parameters)
