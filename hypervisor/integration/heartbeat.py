@@ -58,12 +58,14 @@ class Heartbeat(IntegrationService):
     async def serve(self) -> None:
         """A beat every two seconds, as long as each is answered."""
         while True:
+            session = self._ready()
             lost = self.clock.call_later(LOST_SECONDS, lambda: self._change(HeartbeatState.LOST))
             try:
-                session = self._ready()
                 async with session.lock:
                     self._beat(await self.start(session, _BODY.pack(self._sequence)))
             except IntegrationError as error:
+                if session.closed:
+                    raise
                 # The request could not be sent: a later one may.
                 _log.debug("%s", error)
                 self._change(HeartbeatState.LOST)

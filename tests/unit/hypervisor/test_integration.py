@@ -562,7 +562,7 @@ async def test_the_services_come_back_with_the_door(bench: Bench) -> None:
     assert partition._link is not None
     partition._link.close("the test cuts the door")
     await until(lambda: not partition.attached)
-    assert bench.services.heartbeat_state is HeartbeatState.UNKNOWN
+    await until(lambda: bench.services.heartbeat_state is HeartbeatState.UNKNOWN)
     bench.guest.offers.clear()
     assert await bench.guest.attach()
     await until(lambda: len(bench.guest.offers) == 4)
