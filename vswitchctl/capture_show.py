@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from vswitchctl.capture_file import LINKTYPE_ETHERNET, LINKTYPE_USER0, Record
 from vswitchctl.frame_text import describe
+from vswitchctl.output import counted
 
 PacketFilter = Callable[[Record], bool]
 
@@ -25,7 +26,7 @@ def lines(records: Iterable[Record]) -> Iterator[str]:
     """A line per packet, and one where the capture says that it missed some. Times are UTC."""
     for record in records:
         if record.lost:
-            yield f"... {record.lost} packets lost here: the capture's reader was too slow"
+            yield f"... {counted(record.lost, 'packet')} lost here: the capture's reader was too slow"
         yield line(record)
 
 

@@ -59,6 +59,11 @@ def write_plain(value: object, style: Format) -> None:
         sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def counted(number: int, word: str) -> str:
+    """`1 packet`, `2 packets`."""
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
 def write_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as their content. Headings are bold on a terminal, unless NO_COLOR is set."""
     widths = [

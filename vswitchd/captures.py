@@ -13,12 +13,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from grpc import StatusCode
+
 from netvsp import SyntheticNic
 from vswitch.capture.ports import PortCapture
 from vswitch.capture.vmbus import VmbusCapture, VmbusDirection
 from vswitch_api.v1 import capture_pb2
 from vswitchd.core import now
-from vswitchd.errors import exhausted, invalid, not_found
+from vswitchd.errors import ApiError, exhausted, invalid, not_found
 from vswitchd.nics import NicRecord
 from vswitchd.partitions import PartitionManager, PartitionRecord
 from vswitchd.resources import parse
@@ -113,7 +115,7 @@ class CaptureManager:
                 found = self._switches.find(source, at)
                 ports = None
             else:
-                port = self._switches.find_port(source, at)
+                port = self._port(source, at)
                 found = port.switch
                 if ports is not None:
                     ports[port.name] = port
@@ -146,6 +148,20 @@ class CaptureManager:
         finally:
             with contextlib.suppress(OSError, ValueError):
                 tap.close()
+
+    def _port(self, source: str, at: str) -> PortRecord:
+        """The port of this name; who named a NIC instead is told its port."""
+        try:
+            return self._switches.find_port(source, at)
+        except ApiError as error:
+            kind, first, _, second = [*source.split("/"), "", "", ""][:4]
+            record = self._partitions.records.get(first)
+            nic = record.nics.get(second) if record is not None else None
+            if error.code is not StatusCode.NOT_FOUND or kind != "switches" or nic is None:
+                raise
+            _, switch, _, port = nic.message.port.split("/")
+            remedy = f"{first}/{second} is a NIC: capture its port, {switch}/{port}, or its ring with --vmbus"
+            raise not_found(source, remedy) from None
 
     @asynccontextmanager
     async def _vmbus(self, request: capture_pb2.CaptureRequest) -> AsyncIterator[VmbusCapture]:

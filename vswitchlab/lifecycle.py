@@ -168,7 +168,10 @@ async def up(client: AsyncClient, lab: Lab, report: Silent) -> list[tuple[str, C
     try:
         for switch in lab.switches:
             await _make_switch(client, lab, switch, report)
-        await _each([_start_of(client, lab, guest, report) for guest in lab.guests])
+        # Process guests first: what boots a kernel takes all the processors it is given.
+        for machines in (False, True):
+            chosen = [guest for guest in lab.guests if bool(guest.machine) is machines]
+            await _each([_start_of(client, lab, guest, report) for guest in chosen])
         return await _run_commands(client, lab, report)
     except BaseException as error:
         with contextlib.suppress(VswitchError, LabError):

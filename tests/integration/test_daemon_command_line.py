@@ -60,12 +60,12 @@ def test_a_blocked_frame_is_injected_dropped_captured_shown_and_traced(
     assert capture.stderr is not None
     assert b"capturing s0/p0" in capture.stderr.readline()
     done = cli("inject", "s0/p0", str(tmp_path / "telnet.pcap"))
-    assert done.stdout == f"1 frames, {len(parse_packet(TELNET))} bytes\n", done.stderr
+    assert done.stdout == f"1 frame, {len(parse_packet(TELNET))} bytes\n", done.stderr
     assert cli("capture", "list", "-o", "json").stdout.count("captures/") == 1
     capture.send_signal(signal.SIGINT)
     data, words = capture.communicate(timeout=20)
     assert capture.returncode == 0
-    assert b"1 drops, 0 lost" in words
+    assert b"1 drop, 0 lost" in words
     (tmp_path / "out.pcapng").write_bytes(data)
     shown = cli("capture", "show", str(tmp_path / "out.pcapng"), "--drops")
     assert len(shown.stdout.splitlines()) == 1
@@ -96,6 +96,18 @@ def test_mistakes_are_told_in_words_with_their_exit_status(
     assert words.lower() in done.stderr.lower()
     assert "Traceback" not in done.stderr
     assert done.returncode == status
+
+
+def test_who_names_a_nic_for_a_port_is_told_its_port(shared_daemon: RunningDaemon) -> None:
+    client = shared_daemon.client
+    client.create_switch("s0")
+    client.create_partition("a")
+    client.create_nic("a/eth0", port="s0/p0")
+    done = shared_daemon.cli("capture", "start", "a/eth0", "--write", "/dev/null")
+    assert done.returncode == 4
+    assert "remedy: a/eth0 is a NIC: capture its port, s0/p0, or its ring with --vmbus" in done.stderr
+    done = shared_daemon.cli("switch", "delete", "s0")
+    assert "switches/s0 has 1 port and 0 extensions" in done.stderr
 
 
 def test_a_daemon_in_the_foreground_ends_at_ctrl_c(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import typer
 from vswitchctl import names, session
 from vswitchctl.aio import AsyncClient
 from vswitchctl.errors import VswitchError
-from vswitchctl.output import Columns, Format, write_list, write_plain
+from vswitchctl.output import Columns, Format, counted, write_list, write_plain
 from vswitchctl.session import Output, ShowRpc
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Live pcapng of ports or of VMBus.")
@@ -86,7 +86,8 @@ async def _record(
         async for piece in stream:
             await asyncio.to_thread(_write, target, piece)
         final = stream.capture
-        sys.stderr.write(f"{final.packets} packets, {final.drops} drops, {final.lost} lost\n")
+        seen = f"{counted(final.packets, 'packet')}, {counted(final.drops, 'drop')}, {final.lost} lost"
+        sys.stderr.write(f"{seen}\n")
 
 
 async def _stop(client: AsyncClient, name: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vswitchctl import names, session
-from vswitchctl.output import Format, printable, to_plain, write_plain
+from vswitchctl.output import Format, counted, printable, to_plain, write_plain
 from vswitchctl.session import Output, ShowRpc
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def inject(
     if output is not Format.TABLE:
         write_plain(to_plain(done), output)
         return
-    typer.echo(f"{done.frames} frames, {done.bytes} bytes")
+    typer.echo(f"{counted(done.frames, 'frame')}, {counted(done.bytes, 'byte')}")
 
 
 def trace(

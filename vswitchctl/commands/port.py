@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from vswitchctl import names, session
-from vswitchctl.output import Columns, Format, write_list, write_one
+from vswitchctl.output import Columns, Format, counted, write_list, write_one
 from vswitchctl.session import Force, Output, ShowRpc
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Ports of switches: counters and drops.")
@@ -18,8 +18,8 @@ COLUMNS: Columns = {
     "name": lambda port: names.short(port.name),
     "number": lambda port: port.number,
     "nic": lambda port: names.short(port.nic),
-    "in": lambda port: f"{port.counters.in_packets} packets, {port.counters.in_bytes} bytes",
-    "out": lambda port: f"{port.counters.out_packets} packets, {port.counters.out_bytes} bytes",
+    "in": lambda port: _traffic(port.counters.in_packets, port.counters.in_bytes),
+    "out": lambda port: _traffic(port.counters.out_packets, port.counters.out_bytes),
     "dropped": lambda port: [f"{drop.packets} {drop.reason}" for drop in port.counters.drops],
 }
 DETAILS: Columns = {**COLUMNS, "friendly name": lambda port: port.friendly_name}
@@ -82,3 +82,7 @@ def delete(name: Name, force: Force = False, show_rpc: ShowRpc = False) -> None:
     """Take a port away; with --force also the NIC that is connected to it."""
     with session.client(show_rpc) as client:
         client.delete_port(name, force=force)
+
+
+def _traffic(packets: int, octets: int) -> str:
+    return f"{counted(packets, 'packet')}, {counted(octets, 'byte')}"

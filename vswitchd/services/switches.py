@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sized
 from typing import Any
 
 from vswitch_api.v1 import (
@@ -70,9 +70,13 @@ class SwitchServicer(switch_pb2_grpc.SwitchServiceServicer):
         async with self._switches.lock:
             record = self._switches.find(request.name)
             if record.ports or record.extensions:
+                ports, extensions = (
+                    _counted(record.ports, "port"),
+                    _counted(record.extensions, "extension"),
+                )
                 raise precondition(
                     record.name,
-                    f"{record.name} has {len(record.ports)} ports and {len(record.extensions)} extensions",
+                    f"{record.name} has {ports} and {extensions}",
                     reason="SWITCH_NOT_EMPTY",
                     remedy="delete them first, or delete the switch with `force`",
                 )
@@ -255,3 +259,7 @@ class TraceServicer(trace_pb2_grpc.TraceServiceServicer):
 
     async def Trace(self, request: trace_pb2.TraceRequest, context: Any) -> trace_pb2.TraceResponse:
         return await trace(self._switches, request)
+
+
+def _counted(things: Sized, word: str) -> str:
+    return f"{len(things)} {word}{'' if len(things) == 1 else 's'}"
