@@ -193,11 +193,20 @@ def start_time(pid: int) -> int:
     return int(text.rpartition(")")[2].split()[19])
 
 
-def log_tail(path: Path) -> str:
-    """The last words of a guest."""
+def log_end(path: Path) -> int:
+    """How long the log of a guest that is about to start is."""
+    cut_log(path)
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def log_tail(path: Path, begin: int = 0) -> str:
+    """The last words of a guest, of those after `begin`."""
     try:
         with path.open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
+            log.seek(max(begin, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
             return log.read().decode(errors="replace").strip()
     except OSError:
         return ""
@@ -235,7 +244,6 @@ def cut_log(path: Path, most: int = LOG_MOST_BYTES, keep: int = LOG_KEEP_BYTES) 
 
 
 def _spawn(what: Launch) -> subprocess.Popen[bytes]:
-    cut_log(what.log_path)
     log = os.open(what.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         return subprocess.Popen(

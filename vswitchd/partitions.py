@@ -30,7 +30,7 @@ from vswitchd.errors import (
 )
 from vswitchd.kinds import GuestSide
 from vswitchd.kinds.process import check_hosts
-from vswitchd.launcher import Ending, GuestProcess, agent_pid, cut_log, exit_status, log_tail
+from vswitchd.launcher import Ending, GuestProcess, agent_pid, cut_log, exit_status, log_end, log_tail
 from vswitchd.nics import NicRecord, NicWorkshop, require
 from vswitchd.resources import check_id, check_labels, check_mask, parse
 from vswitchd.switches import SwitchManager
@@ -38,7 +38,11 @@ from vswitchd.switches import SwitchManager
 log = logging.getLogger("vswitchd.partition")
 
 MAX_PARTITIONS = 1024
-ATTACH_SECONDS = 20.0
+ATTACH_SECONDS = 50.0
+"""Below the deadline of a client's call. A guest that ends is noticed at once; one on a busy machine
+takes its time.
+"""
+LAST_WORDS_SECONDS = 1.0
 REATTACH_SECONDS = 10.0
 MAX_STOP_SECONDS = 60.0
 LOG_LOOK_SECONDS = 2.0
@@ -230,10 +234,12 @@ class PartitionManager:
             if record.message.state == RUNS:
                 return record
             self._set_state(record, partition_pb2.PARTITION_STATE_STARTING, "")
+            log_path = Path(record.message.log_path)
+            begin = log_end(log_path)
             try:
                 await self._start(record)
             except BaseException as error:
-                words = log_tail(Path(record.message.log_path))
+                words = log_tail(log_path, begin)
                 last = f"; its last words: {words.splitlines()[-1]}" if words else ""
                 why = f"{error or type(error).__name__}{last}"
                 await asyncio.shield(self._stop(record, 0.0, FAILED, why))
@@ -278,7 +284,10 @@ class PartitionManager:
         attaching = asyncio.create_task(partition.attach(seconds))
         ending: list[asyncio.Future[Any]] = [attaching, record.guest.ended]
         await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
-        if not attaching.done():
+        if attaching.done() and attaching.exception() is not None:
+            # A guest that refuses to start breaks its door a moment before it ends, and says why.
+            await asyncio.wait([record.guest.ended], timeout=LAST_WORDS_SECONDS)
+        if record.guest.ended.done():
             attaching.cancel()
             raise RuntimeError(f"the guest {record.guest.ended.result()}")
         await attaching
