@@ -1,0 +1,165 @@
+"""What the daemon makes of a virtual machine's integration services, reboots and endings."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from hypervisor import Partition
+from hypervisor.clock import SystemClock
+from hypervisor.integration import HeartbeatState, IntegrationError
+from vswitch_api.v1 import partition_pb2
+from vswitchd.core import Core
+from vswitchd.errors import ApiError
+from vswitchd.kinds import kvm
+from vswitchd.launcher import Ending
+from vswitchd.rundir import RunDir
+
+
+class Services:
+    """Stands for `IntegrationServices`."""
+
+    def __init__(self, partition: object, clock: object) -> None:
+        self.on_changed: list[Callable[[], None]] = []
+        self.heartbeat: datetime | None = None
+        self.heartbeat_state = HeartbeatState.UNKNOWN
+        self.guest_info: dict[str, str] = {}
+        self.versions: dict[str, str] = {}
+        self.refuses = False
+        self.asked: list[str] = []
+
+    async def offer(self) -> None:
+        self.asked.append("offer")
+
+    async def close(self) -> None:
+        self.asked.append("close")
+
+    async def shutdown(self, *, seconds: float) -> None:
+        if self.refuses:
+            raise IntegrationError("no driver")
+        self.asked.append(f"shutdown {seconds:g}")
+
+    async def sync_time(self) -> None:
+        if self.refuses:
+            raise IntegrationError("no driver")
+        self.asked.append("sync")
+
+
+class World:
+    """A guest's side on a partition that is only looked at."""
+
+    def __init__(self, directory: Path) -> None:
+        self.told: list[str] = []
+        self.ended: list[float] = []
+        run_dir = RunDir(directory)
+        run_dir.prepare()
+        core = cast(Core, SimpleNamespace(config=SimpleNamespace(run_dir=run_dir)))
+        self.message = partition_pb2.Partition(name="partitions/vm")
+        self.message.guest.boots = 1
+        self.partition = cast(Partition, SimpleNamespace(id=7, on_reset=[], shutdown=self._shutdown))
+        self.guest = kvm.KvmGuest(core, self.message, SystemClock(), self.told.append)
+
+    async def _shutdown(self, seconds: float) -> None:
+        self.ended.append(seconds)
+
+    @property
+    def services(self) -> Services:
+        return cast(Services, self.guest._services)
+
+    def described(self, *, whole: bool = False) -> Any:
+        message = partition_pb2.Partition()
+        message.CopyFrom(self.message)
+        self.guest.describe(message, whole=whole)
+        return message.guest
+
+
+@pytest.fixture
+async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setattr(kvm, "IntegrationServices", Services)
+    monkeypatch.setattr(kvm, "TELL_SECONDS", 0.01)
+    world = World(tmp_path / "run")
+    await world.guest.offer(world.partition)
+    return world
+
+
+async def test_what_the_guest_tells_is_described_in_bounds(world: World) -> None:
+    assert world.described().heartbeat == partition_pb2.HEARTBEAT_STATE_UNSPECIFIED
+    beat = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    world.services.heartbeat, world.services.heartbeat_state = beat, HeartbeatState.OK
+    world.services.versions = {"shutdown": "3.2"}
+    world.services.guest_info = {
+        "OSName": "Linux",
+        "OSVersion": "6.1.0",
+        "FullyQualifiedDomainName": "vm.example",
+        "NetworkAddressIPv4": "10.0.0.1;10.0.0.2",
+        "NetworkAddressIPv6": "fe80::1",
+        **{f"key{number}": "x" * 5000 for number in range(100)},
+    }
+    guest = world.described(whole=True)
+    assert (guest.boots, guest.os, guest.hostname) == (1, "Linux 6.1.0", "vm.example")
+    assert list(guest.addresses) == ["10.0.0.1", "10.0.0.2", "fe80::1"]
+    assert guest.heartbeat == partition_pb2.HEARTBEAT_STATE_OK
+    assert guest.heartbeat_time.ToDatetime(UTC) == beat
+    assert dict(guest.services) == {"shutdown": "3.2"}
+    assert len(guest.values) == kvm.MAX_VALUES
+    assert max(map(len, guest.values.values())) == kvm.MAX_TEXT
+    assert not world.described().values
+
+
+async def test_watchers_hear_once_of_many_changes_and_of_each_reboot(world: World) -> None:
+    for _ in range(1000):
+        for callback in world.services.on_changed:
+            callback()
+    await asyncio.sleep(0.05)
+    assert world.told == [""]
+    for callback in world.partition.on_reset:
+        callback()
+    assert world.told == ["", "guest_rebooted"]
+    assert world.described().boots == 2
+
+
+async def test_stopping_asks_the_shutdown_service_and_else_the_vmm(world: World) -> None:
+    await world.guest.ask_to_end(world.partition, 60.0)
+    assert world.services.asked[-1] == "shutdown 10"
+    assert world.ended == []
+    world.services.refuses = True
+    with pytest.raises(IntegrationError, match="no driver"):
+        await world.guest.ask_to_end(world.partition, 3.0)
+    assert world.ended == [3.0]
+
+
+async def test_a_clock_is_set_where_there_is_a_driver_for_it(world: World) -> None:
+    await world.guest.sync_time()
+    assert world.services.asked[-1] == "sync"
+    world.services.refuses = True
+    with pytest.raises(ApiError, match="partitions/vm: its clock cannot be set: no driver") as error:
+        await world.guest.sync_time()
+    assert error.value.remedy == "load hv_utils in the guest"
+    services = world.services
+    await world.guest.clear(7)
+    assert services.asked[-1] == "close"
+    with pytest.raises(ApiError, match="it does not run"):
+        await world.guest.sync_time()
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "words"),
+    [
+        (0, partition_pb2.PARTITION_STATE_STOPPED, "the guest powered off"),
+        (1, partition_pb2.PARTITION_STATE_FAILED, "its virtual machine monitor ended with status 1"),
+        (3, partition_pb2.PARTITION_STATE_FAILED, "the guest crashed; its last words are in its log"),
+        (4, partition_pb2.PARTITION_STATE_FAILED, "the guest ended: no daemon had come back to it in time"),
+        (-31, partition_pb2.PARTITION_STATE_FAILED, "its virtual machine monitor was killed by SIGSYS"),
+        (None, partition_pb2.PARTITION_STATE_FAILED, "its virtual machine monitor ended"),
+    ],
+)
+async def test_each_ending_is_a_state_with_words(
+    world: World, code: int | None, state: partition_pb2.PartitionState.ValueType, words: str
+) -> None:
+    assert world.guest.verdict(Ending(code)) == (state, words)
