@@ -39,7 +39,7 @@ __all__ = ["Agent", "Options"]
 
 FIRST_SECONDS = 20.0
 """How long a new guest waits for the daemon that started it, be its grace period shorter."""
-CONFIGURE_TIMEOUT = 15.0
+CONFIGURE_TIMEOUT = 25.0
 TERMINATE_TIMEOUT = 1.0
 
 _log = logging.getLogger("netvsc.agent")

@@ -96,6 +96,7 @@ class KvmGuest:
         self._message = message
         self._clock = clock
         self._changed = changed
+        self._event = ""
         self._telling: asyncio.TimerHandle | None = None
         self._services: IntegrationServices | None = None
         self.console = Console()
@@ -197,7 +198,8 @@ class KvmGuest:
 
     def _rebooted(self) -> None:
         self._message.guest.boots += 1
-        self._changed("guest_rebooted")
+        self._event = "guest_rebooted"
+        self._told()
 
     def _told(self) -> None:
         """The guest told something of itself: watchers hear of it, however often it does."""
@@ -205,8 +207,8 @@ class KvmGuest:
             self._telling = asyncio.get_running_loop().call_later(TELL_SECONDS, self._tell)
 
     def _tell(self) -> None:
-        self._telling = None
-        self._changed("")
+        event, self._event, self._telling = self._event, "", None
+        self._changed(event)
 
     async def configure(self, partition: Partition, nics: Sequence[nic_pb2.Nic]) -> None:
         """Nothing: a stock kernel has its command line, and its NICs speak for themselves."""
@@ -256,7 +258,9 @@ class KvmGuest:
             guest.heartbeat_time.FromDatetime(services.heartbeat)
         values = {key[:MAX_TEXT]: value[:MAX_TEXT] for key, value in services.guest_info.items()}
         guest.os = " ".join(filter(None, (values.get("OSName"), values.get("OSVersion"))))
-        guest.hostname = values.get("FullyQualifiedDomainName", "")
+        # What Linux' daemon says instead of a name that does not resolve inside (tools/hv/hv_kvp_daemon.c).
+        hostname = values.get("FullyQualifiedDomainName", "")
+        guest.hostname = "" if hostname.startswith("getaddrinfo failed") else hostname
         for key in ("NetworkAddressIPv4", "NetworkAddressIPv6"):
             guest.addresses.extend(filter(None, values.get(key, "").split(";")))
         guest.services.update(services.versions)
