@@ -326,6 +326,10 @@ class NetVsc:
             rsc_ipv6=switch(properties.rsc) if high else 0,
         )
         await self._set(ndis.OID_TCP_OFFLOAD_PARAMETERS, wanted.pack(28 if high else 22))
+        if properties.checksum:
+            # The interface takes partial checksums. Hosts that do not know the name ignore it.
+            partial = ndis.ConfigParameter(ndis.RX_PARTIAL_CHECKSUM, "1".encode("utf-16-le"))
+            await self._set(ndis.OID_GEN_RNDIS_CONFIG_PARAMETER, partial.pack(), fatal=False)
 
     async def set_filter(self, receiving: bool) -> None:
         """Begin (directed, all multicast, broadcast) or end receiving, and sending with it."""

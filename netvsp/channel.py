@@ -182,7 +182,7 @@ class Channel:
         self._data = enabled
 
     def set_link(self, up: bool) -> None:
-        """Frames towards a NIC whose link is down are dropped."""
+        """Frames to and from a NIC whose link is down are dropped."""
         self._settings.link = up
 
     def set_filter(self, bits: int, address: bytes) -> None:
@@ -454,7 +454,11 @@ class Channel:
             self._drop(DropReason.NOT_READY)
             return NVSP_FAILURE
         frames, malformed = rndis_data.parse_messages(data)
-        self._frames.extend(frames)
+        if self._settings.link:
+            self._frames.extend(frames)
+        else:
+            for _ in frames:
+                self._drop(DropReason.DISCONNECTED)
         queue.counters["frames_from_guest"] += len(frames)
         queue.counters["bytes_from_guest"] += sum(len(frame.data) for frame in frames)
         if malformed is None:

@@ -22,6 +22,8 @@ MAX_QUEUES = 64
 """Channels of one NIC; Linux opens no more."""
 MAX_RANGES_PER_PACKET = 375
 MAX_RSC_RANGES = 562
+MAX_SEGMENTS = 2048
+"""Segments of one large send: what a sender whose peer announced the least MSS there is makes of 64 KiB."""
 MAX_GPA_RANGES = 64
 """Ranges in one packet from a guest; Linux sends at most 32."""
 MAX_MESSAGE_BYTES = 8 * 65536

@@ -11,6 +11,7 @@ on the switch's worker and hands whole control messages over through `control_fd
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any, Protocol
 from uuid import UUID
@@ -22,6 +23,9 @@ from netvsp.session import Session
 from vswitch_wire import rndis
 from vswitch_wire.engine import Engine
 
+QUIET, QUIET_LIMIT = 0.15, 5.0
+"""Seconds without a frame that make a guest quiet, and how long is waited for them. Linux acts on a link
+change two seconds after the last one at the earliest."""
 CLASS_ID = UUID("f8615163-df3e-46c5-913f-f2d2f965ed0e")
 
 
@@ -175,7 +179,7 @@ class SyntheticNic:
         )
 
     async def set_link(self, up: bool) -> None:
-        """Plugs or unplugs the cable: the guest is told, frames towards it are dropped while it is down."""
+        """Plugs or unplugs the cable: the guest is told, frames are dropped both ways while it is down."""
         changed = up != self._link
         self._link = up
         session = self._session
@@ -185,6 +189,23 @@ class SyntheticNic:
         session.data.set_link(up)
         status = rndis.RNDIS_STATUS_MEDIA_CONNECT if up else rndis.RNDIS_STATUS_MEDIA_DISCONNECT
         session.control.indicate(status)
+
+    async def retire(self) -> None:
+        """Before the offer is rescinded: takes the link down and waits, some seconds at most, until the guest
+        sends no more. After a rescind nobody answers, and Linux waits for answers (netvsc.c, wait_drain)."""
+        session = self._session
+        if session is None or not session.control.initialised:
+            return
+        await self.set_link(False)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + QUIET_LIMIT
+        before = -1
+        while self._session is session and loop.time() < deadline:
+            sent = session.data.stats().get("frames_from_guest", 0)
+            if sent == before:
+                return
+            before = sent
+            await asyncio.sleep(QUIET)
 
     def stats(self) -> dict[str, int]:
         """The open channel's counters; empty while it is closed."""

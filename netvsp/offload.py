@@ -44,6 +44,8 @@ class OffloadState:
     lso6: bool = False
     rsc4: bool = False
     rsc6: bool = False
+    partial: bool = False
+    """The guest takes frames whose transport checksum is good and not there (`receive_path.RX_PARTIAL`)."""
     rsc_offered: bool = False
     """Both sides speak NVSP 6.1 and the guest announced receive segment coalescing."""
 
@@ -93,6 +95,7 @@ class OffloadState:
             (self.udp6 & RX, receive_path.RX_UDP6),
             (self.rsc4, receive_path.RSC_IPV4),
             (self.rsc6, receive_path.RSC_IPV6),
+            (self.partial, receive_path.RX_PARTIAL),
         )
         return sum(bit for enabled, bit in pairs if enabled)
 

@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 VENDOR_ID = 0x0000155D
 VENDOR_DESCRIPTION = b"Microsoft Corporation"
+FRIENDLY_NAME = "Network Adapter"
+"""What Linux takes for "no name was given": with any other it sets the interface's alias."""
 FRIENDLY_NAME_BYTES = 512
 BUFFER_SPACE = 262144
 MAC_OPTIONS = 0x24D
@@ -227,8 +229,8 @@ def set_config_parameter(adapter: Adapter, data: bytes) -> None:
     elif name in _CONFIG_CHECKSUMS:
         # Bit 0 transmit, bit 1 receive: the same bits as TX and RX.
         setattr(adapter.offload, _CONFIG_CHECKSUMS[name], _digit(name, parameter, TX | RX))
-    elif name in _CONFIG_LSO:
-        setattr(adapter.offload, _CONFIG_LSO[name], bool(_digit(name, parameter, 1)))
+    elif name in _CONFIG_SWITCHES:
+        setattr(adapter.offload, _CONFIG_SWITCHES[name], bool(_digit(name, parameter, 1)))
 
 
 def _decoded(decode: Callable[[bytes], T], data: bytes) -> T:
@@ -245,7 +247,8 @@ _CONFIG_CHECKSUMS = {
     "*TCPChecksumOffloadIPv6": "tcp6",
     "*UDPChecksumOffloadIPv6": "udp6",
 }
-_CONFIG_LSO = {"*LsoV2IPv4": "lso4", "*LsoV2IPv6": "lso6"}
+# The last is our own, without the asterisk of NDIS keywords; other hosts take and ignore it.
+_CONFIG_SWITCHES = {"*LsoV2IPv4": "lso4", "*LsoV2IPv6": "lso6", ndis.RX_PARTIAL_CHECKSUM: "partial"}
 
 
 def _address(value: str) -> bytes:
@@ -313,9 +316,7 @@ _QUERIES: dict[int, Callable[[Adapter], bytes]] = {
     ndis.OID_GEN_XMIT_ERROR: _counter("malformed"),
     ndis.OID_GEN_RCV_ERROR: _counter("receive_failures"),
     ndis.OID_GEN_RCV_NO_BUFFER: _counter("no_buffer"),
-    ndis.OID_GEN_FRIENDLY_NAME: lambda a: "Network Device".encode("utf-16-le").ljust(
-        FRIENDLY_NAME_BYTES, b"\0"
-    ),
+    ndis.OID_GEN_FRIENDLY_NAME: lambda a: FRIENDLY_NAME.encode("utf-16-le").ljust(FRIENDLY_NAME_BYTES, b"\0"),
     ndis.OID_GEN_BYTES_RCV: _counter("bytes_to_guest"),
     ndis.OID_GEN_BYTES_XMIT: _counter("bytes_from_guest"),
     ndis.OID_802_3_PERMANENT_ADDRESS: lambda a: a.permanent_address,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from netvsp import checksum
+from netvsp import checksum, limits
 from netvsp.rss import TOEPLITZ
 from vswitch.endpoint import NO_OFFLOAD, Checksum, Frame, Offload
 from vswitch_wire import rndis
@@ -17,7 +17,6 @@ from vswitch_wire.errors import WireError
 
 MAX_FRAME = 65535 + 18
 MAX_PACKETS_PER_MESSAGE = 8
-MAX_SEGMENTS = 562
 ETHERNET_HEADER = 14
 
 TX_IPV4, TX_IPV6, TX_TCP, TX_UDP, TX_IP_HEADER = 1, 2, 4, 8, 16
@@ -128,7 +127,7 @@ def _large_send(data: bytes, request: int) -> tuple[bytes | bytearray, Offload]:
         raise MalformedRndis("large send of a frame that is not TCP")
     header = (data[transport.l4_offset + 12] >> 4) * 4
     payload = len(data) - transport.l4_offset - header
-    if header < 20 or payload < 0 or payload > mss * MAX_SEGMENTS:
+    if header < 20 or payload < 0 or payload > mss * limits.MAX_SEGMENTS:
         raise MalformedRndis(f"large send of {payload} bytes with MSS {mss} and a TCP header of {header}")
     return data, Offload(Checksum.PARTIAL, l4_offset=transport.l4_offset, mss=mss)
 

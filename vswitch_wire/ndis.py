@@ -114,6 +114,9 @@ OFFLOAD_CHECKSUM_BOTH = 4
 OFFLOAD_OFF = 1
 OFFLOAD_ON = 2
 
+RX_PARTIAL_CHECKSUM = "RxPartialChecksum"
+"""Name of a configuration parameter that only our own guest sets ("1"): its network stack takes a received
+frame whose transport checksum is marked good and invalid, as the sender's stack left it."""
 CONFIG_PARAMETER_INTEGER = 0
 CONFIG_PARAMETER_STRING = 2
 _OBJECT = struct.Struct("<BBH")

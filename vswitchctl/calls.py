@@ -234,6 +234,7 @@ def create_nic(
     port: str,
     mac: str = "",
     mtu: int = 0,
+    queues: int = 0,
     addresses: Sequence[str] = (),
     gateway: str = "",
     create_port: bool = True,
@@ -245,7 +246,14 @@ def create_nic(
         nic_pb2.CreateNicRequest(
             parent=full.rsplit("/", 2)[0],
             nic_id=names.leaf(full),
-            nic=nic_pb2.Nic(port=names.port(port), mac=mac, mtu=mtu, addresses=addresses, gateway=gateway),
+            nic=nic_pb2.Nic(
+                port=names.port(port),
+                mac=mac,
+                mtu=mtu,
+                queues=queues,
+                addresses=addresses,
+                gateway=gateway,
+            ),
             create_port=create_port,
         ),
         nic_pb2.CreateNicResponse,

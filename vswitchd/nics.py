@@ -10,7 +10,7 @@ from uuid import UUID
 
 from hypervisor import Offer, Partition
 from netvsp import SyntheticNic
-from vswitch_api.v1 import common_pb2, nic_pb2
+from vswitch_api.v1 import common_pb2, nic_pb2, partition_pb2
 from vswitchd.core import Core, now
 from vswitchd.errors import ApiError, already_exists, exhausted, invalid, not_found
 from vswitchd.resources import (
@@ -29,6 +29,10 @@ MAX_NICS = 32
 MAX_ADDRESSES = 32
 MTU_RANGE = range(576, 9001)
 DEFAULT_MTU = 1500
+MACHINE_MTU = 9000
+"""What a virtual machine's own driver may choose up to: it starts with 1500."""
+QUEUES = range(1, 65)
+DEFAULT_QUEUES = 8
 # Microsoft's, which Hyper-V hosts give to synthetic NICs.
 OUI = bytes.fromhex("00155d")
 
@@ -47,9 +51,25 @@ class NicRecord:
     def name(self) -> str:
         return self.message.name
 
-    def describe(self) -> nic_pb2.Nic:
+    def describe(self, *, counters: bool = False) -> nic_pb2.Nic:
+        """What the API shows; with what went through its queues if asked for."""
         message = nic_pb2.Nic()
         message.CopyFrom(self.message)
+        if self.device is not None:
+            message.open_queues = self.device.state.open_queues
+            message.receive_scaling = self.device.state.rss
+            if counters:
+                message.queue_counters.extend(
+                    nic_pb2.NicQueue(
+                        index=index,
+                        rx_packets=queue.get("frames_to_guest", 0),
+                        rx_bytes=queue.get("bytes_to_guest", 0),
+                        tx_packets=queue.get("frames_from_guest", 0),
+                        tx_bytes=queue.get("bytes_from_guest", 0),
+                        signals=queue.get("signals", 0),
+                    )
+                    for index, queue in enumerate(self.device.queue_stats())
+                )
         if self.device is None:
             message.state = nic_pb2.NIC_STATE_IDLE
         elif self.device.state.open:
@@ -75,14 +95,19 @@ class NicWorkshop:
         self._core = core
         self._switches = switches
 
-    def check(self, at: str, request: nic_pb2.CreateNicRequest, partition: str) -> nic_pb2.Nic:
+    def check(
+        self, at: str, request: nic_pb2.CreateNicRequest, partition: partition_pb2.Partition
+    ) -> nic_pb2.Nic:
         """The NIC that a request asks for, complete but for its port."""
         nic_id = check_id(f"{at}nic_id", request.nic_id, NIC_ID)
         wanted = request.nic
         mac = check_mac(f"{at}nic.mac", wanted.mac) if wanted.mac else OUI + os.urandom(3)
-        mtu = wanted.mtu or DEFAULT_MTU
+        mtu = wanted.mtu or (MACHINE_MTU if partition.HasField("kvm") else DEFAULT_MTU)
         if mtu not in MTU_RANGE:
             raise invalid(f"{at}nic.mtu", f"{mtu} is not within {MTU_RANGE.start} to {MTU_RANGE.stop - 1}")
+        queues = wanted.queues or min(max(partition.vp_count, 1), DEFAULT_QUEUES)
+        if queues not in QUEUES:
+            raise invalid(f"{at}nic.queues", f"{queues} is not within {QUEUES.start} to {QUEUES.stop - 1}")
         if len(wanted.addresses) > MAX_ADDRESSES:
             raise invalid(f"{at}nic.addresses", f"{len(wanted.addresses)}; at most {MAX_ADDRESSES} are taken")
         addresses = [
@@ -92,7 +117,7 @@ class NicWorkshop:
         gateway = check_address(f"{at}nic.gateway", wanted.gateway) if wanted.gateway else ""
         parse(f"{at}nic.port", wanted.port, "switches", "ports")
         return nic_pb2.Nic(
-            name=f"{partition}/nics/{nic_id}",
+            name=f"{partition.name}/nics/{nic_id}",
             uid=str(uuid.uuid4()),
             port=wanted.port,
             mac=mac_text(mac),
@@ -101,6 +126,7 @@ class NicWorkshop:
             addresses=addresses,
             gateway=gateway,
             create_time=now(),
+            queues=queues,
         )
 
     async def create(
@@ -136,6 +162,8 @@ class NicWorkshop:
             UUID(message.uid),
             record.port.port,
             mtu=message.mtu,
+            # A NIC that was stored before NICs had queues has one.
+            queues=message.queues or 1,
             engine=record.port.switch.switch.engine,
         )
         await record.device.set_link(message.link != common_pb2.LINK_STATE_DOWN)
@@ -145,6 +173,8 @@ class NicWorkshop:
     async def rescind(self, record: NicRecord, partition: Partition | None) -> None:
         """Takes the NIC away from its guest; on return nothing touches the guest's memory."""
         if record.offer is not None and partition is not None:
+            if record.device is not None:
+                await record.device.retire()
             await partition.vmbus.rescind(record.offer)
         record.offer = record.device = None
 

@@ -351,7 +351,7 @@ class PartitionManager:
 
     async def create_nic(self, request: nic_pb2.CreateNicRequest, at: str = "") -> NicRecord:
         record = self.find(request.parent, f"{at}parent")
-        message = self._workshop.check(at, request, record.name)
+        message = self._workshop.check(at, request, record.message)
         async with self._held(record):
             nic = await self._workshop.create(message, record.nics, create_port=request.create_port)
             if record.message.state == RUNS:

@@ -23,6 +23,9 @@ from vswitchd.resources import check_id, check_labels, check_mask, parse
 MAX_SWITCHES = 256
 MAX_FRIENDLY_NAME = 255
 
+PORT_MTU = 9202
+"""What a port lets through: what its NIC takes is the NIC's own affair."""
+
 
 @dataclass
 class PortRecord:
@@ -255,7 +258,7 @@ class SwitchManager:
 
     def _build_port(self, record: SwitchRecord, message: port_pb2.Port) -> PortRecord:
         port_id = message.name.rpartition("/")[2]
-        port = PortRecord(message, record, record.switch.add_port(port_id))
+        port = PortRecord(message, record, record.switch.add_port(port_id, mtu=PORT_MTU))
         record.ports[port_id] = port
         return port
 

@@ -284,7 +284,7 @@ frames = st.builds(
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(frames, max_size=12),
-    st.integers(0, 127),
+    st.integers(0, 255),
     st.booleans(),
     st.tuples(
         st.binary(min_size=40, max_size=40),

@@ -27,41 +27,43 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from vswitch_api.v1 import common_pb2 as vswitch_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14vswitch/v1/nic.proto\x12\nvswitch.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17vswitch/v1/common.proto\"\xfd\x01\n\x03Nic\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x0c\n\x04port\x18\x03 \x01(\t\x12\x0b\n\x03mac\x18\x04 \x01(\t\x12\x0b\n\x03mtu\x18\x05 \x01(\r\x12#\n\x04link\x18\x06 \x01(\x0e\x32\x15.vswitch.v1.LinkState\x12\x11\n\taddresses\x18\x07 \x03(\t\x12\x0f\n\x07gateway\x18\x08 \x01(\t\x12#\n\x05state\x18\t \x01(\x0e\x32\x14.vswitch.v1.NicState\x12\x14\n\x0cnvsp_version\x18\n \x01(\t\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x1d\n\rGetNicRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\".\n\x0eGetNicResponse\x12\x1c\n\x03nic\x18\x01 \x01(\x0b\x32\x0f.vswitch.v1.Nic\"H\n\x0fListNicsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"J\n\x10ListNicsResponse\x12\x1d\n\x04nics\x18\x01 \x03(\x0b\x32\x0f.vswitch.v1.Nic\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"e\n\x10\x43reateNicRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x0e\n\x06nic_id\x18\x02 \x01(\t\x12\x1c\n\x03nic\x18\x03 \x01(\x0b\x32\x0f.vswitch.v1.Nic\x12\x13\n\x0b\x63reate_port\x18\x04 \x01(\x08\"1\n\x11\x43reateNicResponse\x12\x1c\n\x03nic\x18\x01 \x01(\x0b\x32\x0f.vswitch.v1.Nic\"H\n\x16\x42\x61tchCreateNicsRequest\x12.\n\x08requests\x18\x01 \x03(\x0b\x32\x1c.vswitch.v1.CreateNicRequest\"8\n\x17\x42\x61tchCreateNicsResponse\x12\x1d\n\x04nics\x18\x01 \x03(\x0b\x32\x0f.vswitch.v1.Nic\"a\n\x10UpdateNicRequest\x12\x1c\n\x03nic\x18\x01 \x01(\x0b\x32\x0f.vswitch.v1.Nic\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"1\n\x11UpdateNicResponse\x12\x1c\n\x03nic\x18\x01 \x01(\x0b\x32\x0f.vswitch.v1.Nic\" \n\x10\x44\x65leteNicRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x13\n\x11\x44\x65leteNicResponse*d\n\x08NicState\x12\x19\n\x15NIC_STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eNIC_STATE_IDLE\x10\x01\x12\x15\n\x11NIC_STATE_OFFERED\x10\x02\x12\x12\n\x0eNIC_STATE_OPEN\x10\x03\x32\xce\x03\n\nNicService\x12?\n\x06GetNic\x12\x19.vswitch.v1.GetNicRequest\x1a\x1a.vswitch.v1.GetNicResponse\x12\x45\n\x08ListNics\x12\x1b.vswitch.v1.ListNicsRequest\x1a\x1c.vswitch.v1.ListNicsResponse\x12H\n\tCreateNic\x12\x1c.vswitch.v1.CreateNicRequest\x1a\x1d.vswitch.v1.CreateNicResponse\x12Z\n\x0f\x42\x61tchCreateNics\x12\".vswitch.v1.BatchCreateNicsRequest\x1a#.vswitch.v1.BatchCreateNicsResponse\x12H\n\tUpdateNic\x12\x1c.vswitch.v1.UpdateNicRequest\x1a\x1d.vswitch.v1.UpdateNicResponse\x12H\n\tDeleteNic\x12\x1c.vswitch.v1.DeleteNicRequest\x1a\x1d.vswitch.v1.DeleteNicResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14vswitch/v1/nic.proto\x12\nvswitch.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17vswitch/v1/common.proto\"\xe9\x02\n\x03Nic\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x0c\n\x04port\x18\x03 \x01(\t\x12\x0b\n\x03mac\x18\x04 \x01(\t\x12\x0b\n\x03mtu\x18\x05 \x01(\r\x12#\n\x04link\x18\x06 \x01(\x0e\x32\x15.vswitch.v1.LinkState\x12\x11\n\taddresses\x18\x07 \x03(\t\x12\x0f\n\x07gateway\x18\x08 \x01(\t\x12#\n\x05state\x18\t \x01(\x0e\x32\x14.vswitch.v1.NicState\x12\x14\n\x0cnvsp_version\x18\n \x01(\t\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06queues\x18\x0c \x01(\r\x12\x13\n\x0bopen_queues\x18\r \x01(\r\x12\x17\n\x0freceive_scaling\x18\x0e \x01(\x08\x12,\n\x0equeue_counters\x18\x0f \x03(\x0b\x32\x14.vswitch.v1.NicQueue\"v\n\x08NicQueue\x12\r\n\x05index\x18\x01 \x01(\r\x12\x12\n\nrx_packets\x18\x02 \x01(\x04\x12\x10\n\x08rx_bytes\x18\x03 \x01(\x04\x12\x12\n\ntx_packets\x18\x04 \x01(\x04\x12\x10\n\x08tx_bytes\x18\x05 \x01(\x04\x12\x0f\n\x07signals\x18\x06 \x01(\x04\"\x1d\n\rGetNicRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\".\n\x0eGetNicResponse\x12\x1c\n\x03nic\x18\x01 \x01(\x0b\x32\x0f.vswitch.v1.Nic\"H\n\x0fListNicsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"J\n\x10ListNicsResponse\x12\x1d\n\x04nics\x18\x01 \x03(\x0b\x32\x0f.vswitch.v1.Nic\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"e\n\x10\x43reateNicRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x0e\n\x06nic_id\x18\x02 \x01(\t\x12\x1c\n\x03nic\x18\x03 \x01(\x0b\x32\x0f.vswitch.v1.Nic\x12\x13\n\x0b\x63reate_port\x18\x04 \x01(\x08\"1\n\x11\x43reateNicResponse\x12\x1c\n\x03nic\x18\x01 \x01(\x0b\x32\x0f.vswitch.v1.Nic\"H\n\x16\x42\x61tchCreateNicsRequest\x12.\n\x08requests\x18\x01 \x03(\x0b\x32\x1c.vswitch.v1.CreateNicRequest\"8\n\x17\x42\x61tchCreateNicsResponse\x12\x1d\n\x04nics\x18\x01 \x03(\x0b\x32\x0f.vswitch.v1.Nic\"a\n\x10UpdateNicRequest\x12\x1c\n\x03nic\x18\x01 \x01(\x0b\x32\x0f.vswitch.v1.Nic\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"1\n\x11UpdateNicResponse\x12\x1c\n\x03nic\x18\x01 \x01(\x0b\x32\x0f.vswitch.v1.Nic\" \n\x10\x44\x65leteNicRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x13\n\x11\x44\x65leteNicResponse*d\n\x08NicState\x12\x19\n\x15NIC_STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eNIC_STATE_IDLE\x10\x01\x12\x15\n\x11NIC_STATE_OFFERED\x10\x02\x12\x12\n\x0eNIC_STATE_OPEN\x10\x03\x32\xce\x03\n\nNicService\x12?\n\x06GetNic\x12\x19.vswitch.v1.GetNicRequest\x1a\x1a.vswitch.v1.GetNicResponse\x12\x45\n\x08ListNics\x12\x1b.vswitch.v1.ListNicsRequest\x1a\x1c.vswitch.v1.ListNicsResponse\x12H\n\tCreateNic\x12\x1c.vswitch.v1.CreateNicRequest\x1a\x1d.vswitch.v1.CreateNicResponse\x12Z\n\x0f\x42\x61tchCreateNics\x12\".vswitch.v1.BatchCreateNicsRequest\x1a#.vswitch.v1.BatchCreateNicsResponse\x12H\n\tUpdateNic\x12\x1c.vswitch.v1.UpdateNicRequest\x1a\x1d.vswitch.v1.UpdateNicResponse\x12H\n\tDeleteNic\x12\x1c.vswitch.v1.DeleteNicRequest\x1a\x1d.vswitch.v1.DeleteNicResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vswitch.v1.nic_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_NICSTATE']._serialized_start=1104
-  _globals['_NICSTATE']._serialized_end=1204
+  _globals['_NICSTATE']._serialized_start=1332
+  _globals['_NICSTATE']._serialized_end=1432
   _globals['_NIC']._serialized_start=129
-  _globals['_NIC']._serialized_end=382
-  _globals['_GETNICREQUEST']._serialized_start=384
-  _globals['_GETNICREQUEST']._serialized_end=413
-  _globals['_GETNICRESPONSE']._serialized_start=415
-  _globals['_GETNICRESPONSE']._serialized_end=461
-  _globals['_LISTNICSREQUEST']._serialized_start=463
-  _globals['_LISTNICSREQUEST']._serialized_end=535
-  _globals['_LISTNICSRESPONSE']._serialized_start=537
-  _globals['_LISTNICSRESPONSE']._serialized_end=611
-  _globals['_CREATENICREQUEST']._serialized_start=613
-  _globals['_CREATENICREQUEST']._serialized_end=714
-  _globals['_CREATENICRESPONSE']._serialized_start=716
-  _globals['_CREATENICRESPONSE']._serialized_end=765
-  _globals['_BATCHCREATENICSREQUEST']._serialized_start=767
-  _globals['_BATCHCREATENICSREQUEST']._serialized_end=839
-  _globals['_BATCHCREATENICSRESPONSE']._serialized_start=841
-  _globals['_BATCHCREATENICSRESPONSE']._serialized_end=897
-  _globals['_UPDATENICREQUEST']._serialized_start=899
-  _globals['_UPDATENICREQUEST']._serialized_end=996
-  _globals['_UPDATENICRESPONSE']._serialized_start=998
-  _globals['_UPDATENICRESPONSE']._serialized_end=1047
-  _globals['_DELETENICREQUEST']._serialized_start=1049
-  _globals['_DELETENICREQUEST']._serialized_end=1081
-  _globals['_DELETENICRESPONSE']._serialized_start=1083
-  _globals['_DELETENICRESPONSE']._serialized_end=1102
-  _globals['_NICSERVICE']._serialized_start=1207
-  _globals['_NICSERVICE']._serialized_end=1669
+  _globals['_NIC']._serialized_end=490
+  _globals['_NICQUEUE']._serialized_start=492
+  _globals['_NICQUEUE']._serialized_end=610
+  _globals['_GETNICREQUEST']._serialized_start=612
+  _globals['_GETNICREQUEST']._serialized_end=641
+  _globals['_GETNICRESPONSE']._serialized_start=643
+  _globals['_GETNICRESPONSE']._serialized_end=689
+  _globals['_LISTNICSREQUEST']._serialized_start=691
+  _globals['_LISTNICSREQUEST']._serialized_end=763
+  _globals['_LISTNICSRESPONSE']._serialized_start=765
+  _globals['_LISTNICSRESPONSE']._serialized_end=839
+  _globals['_CREATENICREQUEST']._serialized_start=841
+  _globals['_CREATENICREQUEST']._serialized_end=942
+  _globals['_CREATENICRESPONSE']._serialized_start=944
+  _globals['_CREATENICRESPONSE']._serialized_end=993
+  _globals['_BATCHCREATENICSREQUEST']._serialized_start=995
+  _globals['_BATCHCREATENICSREQUEST']._serialized_end=1067
+  _globals['_BATCHCREATENICSRESPONSE']._serialized_start=1069
+  _globals['_BATCHCREATENICSRESPONSE']._serialized_end=1125
+  _globals['_UPDATENICREQUEST']._serialized_start=1127
+  _globals['_UPDATENICREQUEST']._serialized_end=1224
+  _globals['_UPDATENICRESPONSE']._serialized_start=1226
+  _globals['_UPDATENICRESPONSE']._serialized_end=1275
+  _globals['_DELETENICREQUEST']._serialized_start=1277
+  _globals['_DELETENICREQUEST']._serialized_end=1309
+  _globals['_DELETENICRESPONSE']._serialized_start=1311
+  _globals['_DELETENICRESPONSE']._serialized_end=1330
+  _globals['_NICSERVICE']._serialized_start=1435
+  _globals['_NICSERVICE']._serialized_end=1897
 # @@protoc_insertion_point(module_scope)

@@ -62,6 +62,10 @@ class Nic(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     NVSP_VERSION_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    QUEUES_FIELD_NUMBER: _builtins.int
+    OPEN_QUEUES_FIELD_NUMBER: _builtins.int
+    RECEIVE_SCALING_FIELD_NUMBER: _builtins.int
+    QUEUE_COUNTERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"partitions/{partition}/nics/{nic}". Output only; the id is given on creation and names the guest's interface."""
     uid: _builtins.str
@@ -71,7 +75,9 @@ class Nic(_message.Message):
     mac: _builtins.str
     """"00:15:5d:01:02:03"; chosen by the daemon when empty. Immutable."""
     mtu: _builtins.int
-    """0 means 1500. Immutable."""
+    """0 means 1500, and for a virtual machine 9000. A process guest's interface has it; a virtual machine's driver
+    chooses its own up to this. Immutable.
+    """
     link: _common_pb2.LinkState.ValueType
     """What the guest is told. Updatable; unspecified means up."""
     gateway: _builtins.str
@@ -80,6 +86,12 @@ class Nic(_message.Message):
     """Output only."""
     nvsp_version: _builtins.str
     """NVSP version agreed with the guest: "6.1"; empty before. Output only."""
+    queues: _builtins.int
+    """Channels that the guest may open, 1 to 64; 0 means one per virtual processor, at most 8. Immutable."""
+    open_queues: _builtins.int
+    """Channels that it has open now. Output only."""
+    receive_scaling: _builtins.bool
+    """Whether it spreads what it receives over them (receive-side scaling). Output only."""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """"10.0.0.1/24": what the agent of a process partition configures. Immutable."""
@@ -87,6 +99,10 @@ class Nic(_message.Message):
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """Output only."""
+
+    @_builtins.property
+    def queue_counters(self) -> _containers.RepeatedCompositeFieldContainer[Global___NicQueue]:
+        """By queue, since the guest opened the NIC; of Get alone. Output only."""
 
     def __init__(
         self,
@@ -102,14 +118,56 @@ class Nic(_message.Message):
         state: Global___NicState.ValueType = ...,
         nvsp_version: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        queues: _builtins.int = ...,
+        open_queues: _builtins.int = ...,
+        receive_scaling: _builtins.bool = ...,
+        queue_counters: _abc.Iterable[Global___NicQueue] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "create_time", b"create_time", "gateway", b"gateway", "link", b"link", "mac", b"mac", "mtu", b"mtu", "name", b"name", "nvsp_version", b"nvsp_version", "port", b"port", "state", b"state", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "create_time", b"create_time", "gateway", b"gateway", "link", b"link", "mac", b"mac", "mtu", b"mtu", "name", b"name", "nvsp_version", b"nvsp_version", "open_queues", b"open_queues", "port", b"port", "queue_counters", b"queue_counters", "queues", b"queues", "receive_scaling", b"receive_scaling", "state", b"state", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Nic: _TypeAlias = Nic  # noqa: Y015
+
+@_typing.final
+class NicQueue(_message.Message):
+    """What went through one queue, as the guest sees it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    RX_PACKETS_FIELD_NUMBER: _builtins.int
+    RX_BYTES_FIELD_NUMBER: _builtins.int
+    TX_PACKETS_FIELD_NUMBER: _builtins.int
+    TX_BYTES_FIELD_NUMBER: _builtins.int
+    SIGNALS_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """0 is the primary channel."""
+    rx_packets: _builtins.int
+    rx_bytes: _builtins.int
+    tx_packets: _builtins.int
+    tx_bytes: _builtins.int
+    signals: _builtins.int
+    """Interrupts that the guest was sent."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        rx_packets: _builtins.int = ...,
+        rx_bytes: _builtins.int = ...,
+        tx_packets: _builtins.int = ...,
+        tx_bytes: _builtins.int = ...,
+        signals: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "rx_bytes", b"rx_bytes", "rx_packets", b"rx_packets", "signals", b"signals", "tx_bytes", b"tx_bytes", "tx_packets", b"tx_packets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NicQueue: _TypeAlias = NicQueue  # noqa: Y015
 
 @_typing.final
 class GetNicRequest(_message.Message):

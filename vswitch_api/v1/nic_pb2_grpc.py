@@ -103,7 +103,7 @@ class NicServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteNic(self, request, context):
-        """Rescinds the offer; returns when the guest's memory is let go of.
+        """Takes the link down, waits until the guest is quiet, rescinds the offer; returns when the guest's memory is let go of.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

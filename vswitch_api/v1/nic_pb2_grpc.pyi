@@ -40,7 +40,7 @@ class NicServiceStub:
     UpdateNic: _grpc.UnaryUnaryMultiCallable[_nic_pb2.UpdateNicRequest, _nic_pb2.UpdateNicResponse]
     """Changes what `update_mask` names: `link`."""
     DeleteNic: _grpc.UnaryUnaryMultiCallable[_nic_pb2.DeleteNicRequest, _nic_pb2.DeleteNicResponse]
-    """Rescinds the offer; returns when the guest's memory is let go of."""
+    """Takes the link down, waits until the guest is quiet, rescinds the offer; returns when the guest's memory is let go of."""
 
 @_typing.type_check_only
 class NicServiceAsyncStub(NicServiceStub):
@@ -54,7 +54,7 @@ class NicServiceAsyncStub(NicServiceStub):
     UpdateNic: _aio.UnaryUnaryMultiCallable[_nic_pb2.UpdateNicRequest, _nic_pb2.UpdateNicResponse]  # type: ignore[assignment]
     """Changes what `update_mask` names: `link`."""
     DeleteNic: _aio.UnaryUnaryMultiCallable[_nic_pb2.DeleteNicRequest, _nic_pb2.DeleteNicResponse]  # type: ignore[assignment]
-    """Rescinds the offer; returns when the guest's memory is let go of."""
+    """Takes the link down, waits until the guest is quiet, rescinds the offer; returns when the guest's memory is let go of."""
 
 class NicServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -101,6 +101,6 @@ class NicServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _nic_pb2.DeleteNicRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_nic_pb2.DeleteNicResponse, _abc.Awaitable[_nic_pb2.DeleteNicResponse]]:
-        """Rescinds the offer; returns when the guest's memory is let go of."""
+        """Takes the link down, waits until the guest is quiet, rescinds the offer; returns when the guest's memory is let go of."""
 
 def add_NicServiceServicer_to_server(servicer: NicServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

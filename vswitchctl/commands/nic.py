@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -26,7 +27,18 @@ COLUMNS: Columns = {
     "state": lambda nic: short_enum(nic_pb2.NicState.Name(nic.state), "NIC_STATE_"),
     "nvsp": lambda nic: nic.nvsp_version,
 }
-DETAILS: Columns = {**COLUMNS, "mtu": lambda nic: nic.mtu, "gateway": lambda nic: nic.gateway}
+DETAILS: Columns = {
+    **COLUMNS,
+    "mtu": lambda nic: nic.mtu,
+    "gateway": lambda nic: nic.gateway,
+    "queues": lambda nic: f"{nic.open_queues} of {nic.queues}" + (" (rss)" if nic.receive_scaling else ""),
+    **{
+        f"{way} by queue": partial(
+            lambda field, nic: " ".join(str(getattr(queue, field)) for queue in nic.queue_counters), field
+        )
+        for way, field in (("received", "rx_packets"), ("sent", "tx_packets"))
+    },
+}
 
 
 class Link(StrEnum):
@@ -41,7 +53,8 @@ def create(
     name: Name,
     port: Annotated[str, typer.Option(metavar="SWITCH/PORT", help="Made with the NIC when missing.")],
     mac: Annotated[str, typer.Option(help="Default: one of Microsoft's range.")] = "",
-    mtu: Annotated[int, typer.Option(help="Default: 1500.")] = 0,
+    mtu: Annotated[int, typer.Option(help="Default: 1500; a virtual machine may choose up to 9000.")] = 0,
+    queues: Annotated[int, typer.Option(help="Default: one per virtual processor, at most 8.")] = 0,
     address: Annotated[list[str] | None, typer.Option(help="As 10.0.0.1/24; may come again.")] = None,
     gateway: Annotated[str, typer.Option(help="The guest's default gateway.")] = "",
     existing_port: Annotated[bool, typer.Option("--existing-port", help="Do not make the port.")] = False,
@@ -55,6 +68,7 @@ def create(
             port=port,
             mac=mac,
             mtu=mtu,
+            queues=queues,
             addresses=address or (),
             gateway=gateway,
             create_port=not existing_port,
@@ -85,6 +99,18 @@ def link(name: Name, state: Link, output: Output = Format.TABLE, show_rpc: ShowR
     """Plug the cable in, or out."""
     with session.client(show_rpc) as client:
         write_one(client.set_nic_link(name, up=state is Link.UP), DETAILS, output)
+
+
+@app.command("set")
+def set_(
+    name: Name,
+    link: Annotated[Link, typer.Option(help="Plug the cable in, or out.")],
+    output: Output = Format.TABLE,
+    show_rpc: ShowRpc = False,
+) -> None:
+    """Change a NIC."""
+    with session.client(show_rpc) as client:
+        write_one(client.set_nic_link(name, up=link is Link.UP), DETAILS, output)
 
 
 @app.command()

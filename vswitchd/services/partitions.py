@@ -100,7 +100,7 @@ class NicServicer(nic_pb2_grpc.NicServiceServicer):
 
     async def GetNic(self, request: nic_pb2.GetNicRequest, context: Any) -> nic_pb2.GetNicResponse:
         _, nic = self._partitions.find_nic(request.name)
-        return nic_pb2.GetNicResponse(nic=nic.describe())
+        return nic_pb2.GetNicResponse(nic=nic.describe(counters=True))
 
     async def ListNics(self, request: nic_pb2.ListNicsRequest, context: Any) -> nic_pb2.ListNicsResponse:
         nics, token = page(

@@ -28,7 +28,7 @@ use crate::guest_bytes::Source;
 use crate::limits::{
     CONTROL_RESERVE, MAX_CONTROL_BACKLOG_BYTES, MAX_CONTROL_BYTES, MAX_CONTROL_QUEUED,
     MAX_GPA_RANGES, MAX_MESSAGE_BYTES, MAX_PACKETS_PER_MESSAGE, MAX_QUEUES, MAX_RANGES_PER_PACKET,
-    MAX_RSC_RANGES, PACKETS_PER_TURN,
+    MAX_RSC_RANGES, MAX_SEGMENTS, PACKETS_PER_TURN,
 };
 use crate::queue::{Answer, Queue, QueueError, Rings, CONTROL_107};
 use crate::receive_buffer::ReceiveBuffer;

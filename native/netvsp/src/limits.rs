@@ -8,6 +8,8 @@ pub const CONTROL_RESERVE: usize = 16;
 pub const MAX_QUEUES: usize = 64;
 pub const MAX_RANGES_PER_PACKET: usize = 375;
 pub const MAX_RSC_RANGES: usize = 562;
+/// Segments of one large send.
+pub const MAX_SEGMENTS: usize = 2048;
 pub const MAX_GPA_RANGES: usize = 64;
 pub const MAX_MESSAGE_BYTES: u64 = 8 * 65536;
 pub const MAX_CONTROL_BYTES: usize = 8192;

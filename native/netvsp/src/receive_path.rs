@@ -19,6 +19,8 @@ const RX_TCP6: u32 = 8;
 const RX_UDP6: u32 = 16;
 pub(crate) const RSC_IPV4: u32 = 32;
 pub(crate) const RSC_IPV6: u32 = 64;
+/// The guest reads "value invalid": it takes frames whose transport checksum is good and not there.
+const RX_PARTIAL: u32 = 128;
 
 const TCP_OK: u32 = 1 << 3;
 const UDP_OK: u32 = 1 << 4;
@@ -105,6 +107,11 @@ impl Settings {
             flags |= IP_OK;
         }
         flags
+    }
+
+    /// Whether the guest takes partial checksums; others verify by themselves, without telling.
+    pub(crate) fn takes_partial(&self) -> bool {
+        self.offload & RX_PARTIAL != 0
     }
 
     /// Whether the guest takes coalesced segments of this IP version.

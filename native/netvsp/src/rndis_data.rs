@@ -10,7 +10,7 @@ use vswitch_wire::rndis::{
 };
 
 use crate::checksum::{find_transport, Transport, TCP, UDP};
-use crate::limits::{ETHERNET_HEADER, MAX_RSC_RANGES};
+use crate::limits::{ETHERNET_HEADER, MAX_SEGMENTS};
 use crate::rss::{Placed, TOEPLITZ};
 
 const TX_TCP: u32 = 4;
@@ -135,7 +135,7 @@ fn large_send(head: &[u8], length: usize, request: u32) -> Result<Offload, Malfo
     let payload = length
         .checked_sub(transport.l4_offset + header)
         .ok_or(Malformed)?;
-    if header < 20 || payload > mss as usize * MAX_RSC_RANGES {
+    if header < 20 || payload > mss as usize * MAX_SEGMENTS {
         return Err(Malformed);
     }
     Ok(Offload {

@@ -199,6 +199,15 @@ impl Batch {
         frame.finish(meta)
     }
 
+    /// Forgets the frames from `count` on.
+    pub fn truncate(&mut self, count: usize) {
+        if let Some(slot) = self.slots.get(count) {
+            self.heads.truncate(slot.head_start);
+            self.segments.truncate(slot.first_segment);
+            self.slots.truncate(count);
+        }
+    }
+
     /// Notes a frame that the endpoint itself dropped on its way in; the switch counts it at the port.
     pub fn drop_one(&mut self, reason: DropReason) {
         self.drops.push(reason);

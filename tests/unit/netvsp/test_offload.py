@@ -89,6 +89,12 @@ async def enable(guest: ScriptedGuest, parameters: ndis.OffloadParameters = ALL_
     assert await guest.set(0xFC01020C, parameters.pack()) == 0
 
 
+async def take_partial(guest: ScriptedGuest) -> None:
+    """What our own guest says and no other: it takes partial checksums."""
+    parameter = ndis.ConfigParameter("RxPartialChecksum", "1".encode("utf-16-le"))
+    assert await guest.set(0x0001021B, parameter.pack()) == 0
+
+
 def flags_of(packet: rndis.Packet) -> int:
     (record,) = [record for record in packet.ppi if record.type == rndis.TCPIP_CHKSUM_PKTINFO]
     return record.value
@@ -252,11 +258,31 @@ async def test_a_udp_checksum_that_comes_out_zero_is_sent_as_ffff(guest: Scripte
 @pytest.mark.parametrize(
     ("version", "protocol", "flags"), [(4, 6, 0x28), (4, 17, 0x30), (6, 6, 0x08), (6, 17, 0x10)]
 )
-async def test_a_guest_with_the_offload_is_told_instead(
+async def test_a_guest_with_the_offload_is_told_and_gets_the_checksum_all_the_same(
+    guest: ScriptedGuest, version: int, protocol: int, flags: int
+) -> None:
+    """Linux says nothing when its user switches receive checksums off, and forwards what it got."""
+    await guest.up()
+    await enable(guest)
+    data = ip_frame(b"payload", version=version, protocol=protocol)
+    guest.deliver(Frame(data, PARTIAL), Frame(data, Offload(Checksum.GOOD)), Frame(data))
+    ((partial, good, unknown),) = await messages(guest)
+    check(partial.data)
+    assert good.data == unknown.data == data
+    assert flags_of(partial) == flags_of(good) == flags
+    assert unknown.ppi == ()
+    assert guest.nic.stats()["checksums_completed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("version", "protocol", "flags"), [(4, 6, 0x28), (4, 17, 0x30), (6, 6, 0x08), (6, 17, 0x10)]
+)
+async def test_a_guest_that_takes_partial_checksums_is_told_instead(
     guest: ScriptedGuest, version: int, protocol: int, flags: int
 ) -> None:
     await guest.up()
     await enable(guest)
+    await take_partial(guest)
     data = ip_frame(b"payload", version=version, protocol=protocol)
     guest.deliver(Frame(data, PARTIAL), Frame(data, Offload(Checksum.GOOD)), Frame(data))
     ((partial, good, unknown),) = await messages(guest)
@@ -291,7 +317,7 @@ async def test_a_large_send_by_gpa_ranges_is_one_frame_with_its_mss(guest: Scrip
     [
         (ip_frame(bytes(3000), lso=True), rndis.LargeSend(1448, 34, version=1).pack()),
         (ip_frame(bytes(3000), lso=True), rndis.LargeSend(1448, 36).pack()),
-        (ip_frame(bytes(3000), lso=True), rndis.LargeSend(5, 34).pack()),
+        (ip_frame(bytes(3000), lso=True), rndis.LargeSend(1, 34).pack()),
         (ip_frame(bytes(3000), protocol=17), rndis.LargeSend(1448, 34).pack()),
         (ethernet(bytes(3000)), rndis.LargeSend(1448, 0).pack()),
         (ip_frame(b"")[:46] + b"\x10" + ip_frame(b"")[47:], rndis.LargeSend(1448, 34).pack()),
@@ -333,11 +359,14 @@ async def test_a_large_send_is_cut_into_right_segments_for_a_guest_without_coale
 
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("size", [1401, 14000, 60000])
+@pytest.mark.parametrize("partial", [True, False])
 async def test_a_large_send_stays_one_run_for_a_guest_that_coalesces(
-    guest: ScriptedGuest, version: int, size: int
+    guest: ScriptedGuest, version: int, size: int, partial: bool
 ) -> None:
     await guest.up(capabilities=0x83)
     await enable(guest, RSC_ON)
+    if partial:
+        await take_partial(guest)
     payload = bytes((number * 3) & 0xFF for number in range(size))
     data = ip_frame(payload, version=version, lso=True)
     assert guest.deliver(Frame(data, Offload(Checksum.PARTIAL, mss=1400), vlan_tci=0x2005)) == [None]
@@ -352,9 +381,14 @@ async def test_a_large_send_stays_one_run_for_a_guest_that_coalesces(
     assert [mark.flags for mark in marks] == [3] + [1] * (count - 2) + [5]
     whole = b"".join(packet.data for packet in packets)
     assert whole[14 + (20 if version == 4 else 40) + 20 :] == payload
-    true = ip_frame(payload, version=version)
-    assert whole == true, "headers of the run are those of the whole packet, its checksum partial"
-    assert flags_of(packets[0]) == (0xA8 if version == 4 else 0x88)
+    flags = 0x28 if version == 4 else 0x08
+    if partial:
+        true = ip_frame(payload, version=version)
+        assert whole == true, "headers of the run are those of the whole packet, its checksum partial"
+        assert flags_of(packets[0]) == flags | 0x80
+    else:
+        check(whole)
+        assert flags_of(packets[0]) == flags
     assert guest.nic.stats()["large_sends_coalesced"] == 1
 
 
@@ -375,6 +409,38 @@ async def test_runs_and_plain_frames_share_packets_without_splitting_a_run(guest
             if entry.type == 0x80000001
         ]
         assert marks.count(3) == marks.count(5)
+
+
+async def test_a_large_send_of_more_segments_than_a_run_holds_is_cut(guest: ScriptedGuest) -> None:
+    """A peer may announce an MSS of 48: Linux then makes more than 562 segments of one send."""
+    guest.gpadls[0xE1E10] = (64, 400)
+    await guest.up(capabilities=0x83)
+    await enable(guest, RSC_ON)
+    payload = bytes(number & 0xFF for number in range(600 * 48))
+    data = ip_frame(payload, lso=True)
+    sent = guest.send_direct(
+        rndis_packet(data, rndis.ppi_u32(rndis.TCP_LARGESEND_PKTINFO, rndis.LargeSend(48, 34).pack())),
+        pieces=3,
+    )
+    await guest.pump()
+    assert guest.completion_status(sent) == 1
+    back = Frame(MAC + PEER + bytes(guest.frames[0].data)[12:], guest.frames[0].offload)
+    assert guest.deliver(back) == [None]
+    packets = [packet for group in await messages(guest) for packet in group]
+    assert len(packets) == 600
+    assert b"".join(check(packet.data).data for packet in packets) == payload
+    assert guest.nic.stats()["large_sends_segmented"] == 1
+
+
+async def test_a_link_that_is_down_passes_nothing_either_way(guest: ScriptedGuest) -> None:
+    await guest.up()
+    await guest.nic.set_link(False)
+    sent = guest.send_rndis(rndis_packet(ethernet()))
+    await guest.pump()
+    assert guest.completion_status(sent) == 1
+    assert guest.frames == []
+    assert guest.ingress_drops == {DropReason.DISCONNECTED: 1}
+    assert guest.deliver(Frame(ethernet(dst=MAC, src=PEER))) == [DropReason.DISCONNECTED]
 
 
 async def test_a_large_send_that_needs_more_slots_than_there_are_is_dropped_whole(

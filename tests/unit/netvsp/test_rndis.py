@@ -129,7 +129,7 @@ async def test_a_query_without_input_may_have_any_offset(guest: ScriptedGuest, o
         (0x00010203, struct.pack("<BBHIIIH", 0x88, 2, 18, 0x301, 1, 1, 128)),
         (0x00010206, struct.pack("<2Q", 10**10, 10**10)),
         (0x00010207, struct.pack("<BBHIIIQQII", 0x80, 1, 40, 1, 2, 0, 10**10, 10**10, 0, 0)),
-        (0x00020216, "Network Device".encode("utf-16-le").ljust(512, b"\0")),
+        (0x00020216, "Network Adapter".encode("utf-16-le").ljust(512, b"\0")),
         (0x01010101, MAC),
         (0x01010102, MAC),
         (0x01010104, u32(0)),

@@ -233,6 +233,7 @@ impl ChannelEndpoint {
             self.drop_incoming(batch, DropReason::NotReady);
             return FAILURE;
         }
+        let before = batch.len();
         let mut offset = 0;
         let mut frames = 0;
         let mut bytes = 0;
@@ -250,6 +251,12 @@ impl ChannelEndpoint {
             offset += message;
             frames += 1;
             bytes += frame as u64;
+        }
+        if !self.settings.link {
+            for _ in before..batch.len() {
+                self.drop_incoming(batch, DropReason::Disconnected);
+            }
+            batch.truncate(before);
         }
         let queue = self.queues.get(self.current).map_or(0, |queue| queue.index);
         let counters = self.shared.queue(queue);

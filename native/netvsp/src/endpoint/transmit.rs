@@ -26,19 +26,23 @@ impl Body<'_> {
 enum Plan {
     /// As it is, with these receive checksum flags.
     Whole(u32),
-    /// With its transport checksum completed in a private copy.
-    Completed(Transport),
+    /// With its transport checksum completed in a private copy, and these flags.
+    Completed(Transport, u32),
     /// Cut into segments, with these flags.
     Segments(Segmenter, u32),
-    /// One coalesced run of pieces of the private copy, with these flags.
+    /// One coalesced run: the headers of the private copy, payload from the sender's memory; with these flags.
     Coalesced(Segmenter, u32),
+    /// One coalesced run of pieces of the private copy, its checksum completed, with these flags.
+    Rewritten(Segmenter, u32),
 }
 
 impl Plan {
     fn messages(&self) -> usize {
         match self {
-            Plan::Whole(_) | Plan::Completed(_) => 1,
-            Plan::Segments(segmenter, _) | Plan::Coalesced(segmenter, _) => segmenter.count(),
+            Plan::Whole(_) | Plan::Completed(..) => 1,
+            Plan::Segments(segmenter, _)
+            | Plan::Coalesced(segmenter, _)
+            | Plan::Rewritten(segmenter, _) => segmenter.count(),
         }
     }
 }
@@ -81,12 +85,12 @@ impl ChannelEndpoint {
         if !partial {
             return Ok(Plan::Whole(flags));
         }
-        if flags != 0 {
+        if flags != 0 && self.settings.takes_partial() {
             self.shared.counters.checksums_passed_on.add(1);
             return Ok(Plan::Whole(flags | VALUE_INVALID));
         }
         self.shared.counters.checksums_completed.add(1);
-        Ok(Plan::Completed(transport))
+        Ok(Plan::Completed(transport, flags))
     }
 
     fn plan_large(&mut self, frame: &FrameRef<'_>, mss: usize) -> Result<Plan, DropReason> {
@@ -104,19 +108,27 @@ impl ChannelEndpoint {
             parsed = parse(&self.work);
         }
         let (transport, segmenter) = parsed.ok_or(DropReason::InvalidPacket)?;
-        if segmenter.count() > MAX_RSC_RANGES {
+        if segmenter.count() > MAX_SEGMENTS {
             return Err(DropReason::InvalidPacket);
         }
         if segmenter.largest() > self.settings.mtu + 4 {
             return Err(DropReason::MtuMismatch);
         }
         let flags = self.settings.known_good(&transport);
-        if self.settings.coalesces(&transport) && segmenter.count() > 1 {
+        if self.settings.coalesces(&transport) && (2..=MAX_RSC_RANGES).contains(&segmenter.count())
+        {
             self.shared.counters.large_sends_coalesced.add(1);
-            self.copy_to_work(frame, segmenter.payload_start);
+            if flags != 0 && self.settings.takes_partial() {
+                self.shared.counters.checksums_passed_on.add(1);
+                self.copy_to_work(frame, segmenter.payload_start);
+                transport.make_whole(&mut self.work, frame.len());
+                return Ok(Plan::Coalesced(segmenter, flags | VALUE_INVALID));
+            }
+            self.shared.counters.checksums_completed.add(1);
+            self.copy_to_work(frame, frame.len());
             transport.make_whole(&mut self.work, frame.len());
-            let flags = if flags == 0 { 0 } else { flags | VALUE_INVALID };
-            return Ok(Plan::Coalesced(segmenter, flags));
+            transport.complete_checksum(&mut self.work);
+            return Ok(Plan::Rewritten(segmenter, flags));
         }
         self.shared.counters.large_sends_segmented.add(1);
         self.copy_to_work(frame, frame.len());
@@ -144,16 +156,21 @@ impl ChannelEndpoint {
         let plan = self.plan(frame)?;
         let count = plan.messages();
         let longest = match &plan {
-            Plan::Whole(_) | Plan::Completed(_) => frame.len(),
-            Plan::Segments(segmenter, _) | Plan::Coalesced(segmenter, _) => segmenter.largest(),
+            Plan::Whole(_) | Plan::Completed(..) => frame.len(),
+            Plan::Segments(segmenter, _)
+            | Plan::Coalesced(segmenter, _)
+            | Plan::Rewritten(segmenter, _) => segmenter.largest(),
         };
         let slot_size = self.receive.as_ref().map_or(0, |receive| receive.size);
-        let coalesced = matches!(plan, Plan::Coalesced(..));
+        let coalesced = matches!(plan, Plan::Coalesced(..) | Plan::Rewritten(..));
         let sample = MessageHead::new(
             frame.meta.vlan_tci,
             match plan {
-                Plan::Whole(flags) | Plan::Segments(_, flags) | Plan::Coalesced(_, flags) => flags,
-                Plan::Completed(_) => 0,
+                Plan::Whole(flags)
+                | Plan::Completed(_, flags)
+                | Plan::Segments(_, flags)
+                | Plan::Coalesced(_, flags)
+                | Plan::Rewritten(_, flags) => flags,
             },
             to.placed,
             coalesced.then_some(0),
@@ -205,11 +222,11 @@ impl ChannelEndpoint {
                 let head = MessageHead::new(vlan, *flags, to.placed, None, frame.len());
                 self.write_message(&head, Body::Frame(frame), to, limit)
             }
-            Plan::Completed(transport) => {
+            Plan::Completed(transport, flags) => {
                 self.copy_to_work(frame, frame.len());
                 let mut work = std::mem::take(&mut self.work);
                 transport.complete_checksum(&mut work);
-                let head = MessageHead::new(vlan, 0, to.placed, None, work.len());
+                let head = MessageHead::new(vlan, *flags, to.placed, None, work.len());
                 let written = self.write_message(&head, Body::Bytes(&work), to, limit);
                 self.work = work;
                 written
@@ -228,7 +245,8 @@ impl ChannelEndpoint {
                 self.piece = piece;
                 written
             }
-            Plan::Coalesced(segmenter, flags) => {
+            Plan::Coalesced(segmenter, flags) | Plan::Rewritten(segmenter, flags) => {
+                let rewritten = matches!(plan, Plan::Rewritten(..));
                 let work = std::mem::take(&mut self.work);
                 let count = segmenter.count();
                 let mut written = Ok(());
@@ -240,6 +258,15 @@ impl ChannelEndpoint {
                     }
                     if index + 1 == count {
                         mark |= RSC_LAST;
+                    }
+                    if rewritten {
+                        let start = if index == 0 { 0 } else { range.start };
+                        let piece = work.get(start..range.end).unwrap_or_default();
+                        let head =
+                            MessageHead::new(vlan, *flags, to.placed, Some(mark), piece.len());
+                        let body = Body::Bytes(piece);
+                        written = written.and(self.write_message(&head, body, to, limit));
+                        continue;
                     }
                     // The headers come from the private copy, where they were made true for the whole.
                     let headers = if index == 0 { work.as_slice() } else { &[] };
