@@ -104,6 +104,7 @@ def test_a_nic_brings_its_port_and_takes_it_along(shared_daemon: RunningDaemon) 
     with pytest.raises(VswitchError, match="is in use"):
         client.delete_port("s0/a-eth0")
     assert client.set_nic_link("a/eth0", up=False).link == common_pb2.LINK_STATE_DOWN
+    assert (nic.queues, nic.open_queues, nic.receive_scaling) == (1, 0, False)
     client.delete_nic("a/eth0")
     assert client.list_ports() == []
     client.delete_partition("a")
@@ -225,6 +226,8 @@ def test_the_command_line_does_the_same(daemon: RunningDaemon, tmp_path: object)
     assert cli("partition", "create", "a", "--host", "b=10.0.0.2").returncode == 0
     assert "a/eth0" in cli("nic", "create", "a/eth0", "--port", "s0/a", "--address", "10.0.0.1/24").stdout
     assert "down" in cli("nic", "link", "a/eth0", "down").stdout
+    assert "up" in cli("nic", "set", "a/eth0", "--link", "up").stdout
+    assert "0 of 1" in cli("nic", "show", "a/eth0").stdout
     assert cli("port", "list").stdout.splitlines()[0].split() == [
         "NAME",
         "NUMBER",

@@ -135,6 +135,8 @@ class SwitchCounters:
     """Walks whose result may not be cached, or for which the cache had no room for another mask."""
     upcalls: int = 0
     upcall_failures: int = 0
+    endpoints_failed: int = 0
+    """Endpoints that raised (or panicked) and were let go of."""
     drops: dict[DropReason, int] = field(default_factory=dict)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -43,6 +44,8 @@ def _offload_tuple(offload: Offload) -> tuple[int, bool, int, int]:
 
 def _offload(row: tuple[int, bool, int, int]) -> Offload:
     return Offload(Checksum(row[0]), row[1], row[2], row[3])
+
+_log = logging.getLogger("vswitch.engine")
 
 
 class NativeTap:
@@ -212,6 +215,9 @@ class NativeDatapath:
                 self._event(DatapathEvent(EventKind.EXTENSION_FAILED, number, text))
             elif kind == "error":
                 self._event(DatapathEvent(EventKind.EXTENSION_ERROR, number, text))
+            elif kind == "disconnected":
+                _log.error("port %d is disconnected: %s", number, text)
+                self._event(DatapathEvent(EventKind.PORT_DISCONNECTED, number, text))
             else:
                 waiter = self._waiters.get(number)
                 if waiter is not None and not waiter.done():

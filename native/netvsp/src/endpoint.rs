@@ -317,6 +317,11 @@ impl Endpoint for ChannelEndpoint {
         }
         arrived
     }
+
+    fn failed(&mut self, why: &str) {
+        self.shared.counters.host_failures.add(1);
+        self.lose(format_args!("the host failed: {why}"));
+    }
 }
 
 impl Drop for ChannelEndpoint {

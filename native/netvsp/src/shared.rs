@@ -140,6 +140,7 @@ counters!(
     checksums_completed,
     large_sends_segmented,
     large_sends_coalesced,
+    host_failures,
 );
 
 /// A counter with one writer: a load and a store, no locked instruction.

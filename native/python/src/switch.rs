@@ -300,6 +300,7 @@ fn switch_dict(py: Python<'_>, counters: &SwitchCounters) -> PyResult<Py<PyDict>
         ("flows_refused", counters.flows_refused),
         ("upcalls", counters.upcalls),
         ("upcall_failures", counters.upcall_failures),
+        ("endpoints_failed", counters.endpoints_failed),
     ] {
         out.set_item(name, value)?;
     }
@@ -587,7 +588,7 @@ impl Datapath {
         self.call(py, |state| state.core.run_timers())
     }
 
-    /// Events as (kind, id, text, steps): `failed`, `error`, `trace`, `barrier`.
+    /// Events as (kind, id, text, steps): `failed`, `error`, `trace`, `barrier`, `disconnected`.
     #[allow(clippy::type_complexity)]
     fn events(&self) -> Vec<(&'static str, u64, String, Vec<StepTuple>)> {
         let events = self.worker.events.take().into_iter();
@@ -602,6 +603,9 @@ impl Datapath {
                     steps.into_iter().map(step_tuple).collect(),
                 ),
                 Event::BarrierDone { id } => ("barrier", id, String::new(), Vec::new()),
+                Event::PortDisconnected { port_id, why } => {
+                    ("disconnected", u64::from(port_id), why, Vec::new())
+                }
             })
             .collect()
     }

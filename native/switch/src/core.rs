@@ -10,8 +10,8 @@ use std::sync::Arc;
 use crate::clock::Clock;
 use crate::counters::{Cast, PortCounters, SwitchCounters};
 use crate::drops::DropReason;
-use crate::endpoint::{Batch, Endpoint, FrameRef, Meta, MAX_FRAME};
-use crate::events::EventQueue;
+use crate::endpoint::{guarded, Batch, Endpoint, FrameRef, Meta, MAX_FRAME};
+use crate::events::{Event, EventQueue};
 use crate::flows::{FlowCache, Publication};
 use crate::hash::FastMap;
 use crate::jobs::{FlowKey, Job};
@@ -138,6 +138,8 @@ pub struct Core {
     taps: Vec<Arc<Tap>>,
     pub(crate) packet_id: u64,
     touched: Vec<u32>,
+    /// Endpoints whose code panicked; the worker takes them out of its poller and drops them.
+    broken: Vec<(u32, Box<dyn Endpoint>)>,
 }
 
 impl Core {
@@ -168,6 +170,7 @@ impl Core {
             taps: Vec::new(),
             packet_id: 0,
             touched: Vec::new(),
+            broken: Vec::new(),
             clock,
         }
     }
@@ -219,6 +222,30 @@ impl Core {
         self.changed();
     }
 
+    /// The port's endpoint panicked: it is the fault of this endpoint alone, and nobody else's trouble.
+    fn endpoint_failed(&mut self, port_id: u32, why: &str) {
+        let endpoint = self
+            .tables
+            .ports
+            .get_mut(&port_id)
+            .and_then(|port| port.endpoint.take());
+        let Some(mut endpoint) = endpoint else {
+            return;
+        };
+        let why = format!("its endpoint panicked: {why}");
+        // Should telling the owner panic as well, there is nothing more to be done for it.
+        let _told = guarded(endpoint.as_mut(), |endpoint| endpoint.failed(&why));
+        self.broken.push((port_id, endpoint));
+        self.tables.counters.endpoints_failed += 1;
+        self.events.put(Event::PortDisconnected { port_id, why });
+        self.changed();
+    }
+
+    /// Endpoints to be let go of.
+    pub(crate) fn take_broken(&mut self) -> Vec<(u32, Box<dyn Endpoint>)> {
+        std::mem::take(&mut self.broken)
+    }
+
     /// Lets go of the port's endpoint: it is dropped before this returns.
     pub fn detach(&mut self, port_id: u32) {
         self.flush();
@@ -250,7 +277,14 @@ impl Core {
         else {
             return false;
         };
-        let more = endpoint.receive(batch);
+        let more = match guarded(endpoint.as_mut(), |endpoint| endpoint.receive(batch)) {
+            Ok(more) => more,
+            Err(why) => {
+                batch.clear();
+                self.endpoint_failed(port_id, &why);
+                return false;
+            }
+        };
         self.tell_time();
         for &reason in batch.dropped() {
             self.count_drop(port_id, false, &Drop::new(reason, "dropped by the NIC"));
@@ -267,26 +301,31 @@ impl Core {
         if busy {
             return true;
         }
-        let endpoint = self
-            .tables
-            .ports
-            .get_mut(&port_id)
-            .and_then(|port| port.endpoint.as_mut());
-        endpoint.is_some_and(|endpoint| endpoint.rearm())
+        self.with_endpoint(port_id, |endpoint| endpoint.rearm())
+            .unwrap_or(false)
+    }
+
+    /// Calls into the port's endpoint; None if it has none, or has none any more.
+    fn with_endpoint<R>(
+        &mut self,
+        port_id: u32,
+        act: impl FnOnce(&mut dyn Endpoint) -> R,
+    ) -> Option<R> {
+        let port = self.tables.ports.get_mut(&port_id)?;
+        match guarded(port.endpoint.as_mut()?.as_mut(), act) {
+            Ok(done) => Some(done),
+            Err(why) => {
+                self.endpoint_failed(port_id, &why);
+                None
+            }
+        }
     }
 
     /// Pushes requests to extensions, flushes the endpoints that got frames, answers barriers.
     pub fn flush(&mut self) {
         self.push_links();
         while let Some(port_id) = self.touched.pop() {
-            if let Some(endpoint) = self
-                .tables
-                .ports
-                .get_mut(&port_id)
-                .and_then(|port| port.endpoint.as_mut())
-            {
-                endpoint.flush();
-            }
+            self.with_endpoint(port_id, |endpoint| endpoint.flush());
         }
         if !self.barriers.is_empty() {
             self.answer_barriers();
@@ -424,10 +463,15 @@ impl Core {
         if !self.touched.contains(&port_id) {
             self.touched.push(port_id);
         }
-        match endpoint.transmit(frame) {
-            Ok(()) => port.counters.tx.count(packet.length, Cast::of(frame.head)),
-            Err(reason) => {
+        match guarded(endpoint.as_mut(), |endpoint| endpoint.transmit(frame)) {
+            Ok(Ok(())) => port.counters.tx.count(packet.length, Cast::of(frame.head)),
+            Ok(Err(reason)) => {
                 let drop = Drop::new(reason, "the NIC did not take it");
+                self.drop_frame(packet, frame, port_id, true, &drop);
+            }
+            Err(why) => {
+                self.endpoint_failed(port_id, &why);
+                let drop = Drop::new(DropReason::Disconnected, "the NIC failed");
                 self.drop_frame(packet, frame, port_id, true, &drop);
             }
         }

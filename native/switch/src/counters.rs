@@ -103,6 +103,8 @@ pub struct SwitchCounters {
     pub flows_refused: u64,
     pub upcalls: u64,
     pub upcall_failures: u64,
+    /// Endpoints whose code panicked.
+    pub endpoints_failed: u64,
     pub drops: Drops,
 }
 

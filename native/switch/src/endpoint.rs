@@ -11,6 +11,7 @@
 //! point into must stay mapped until the endpoint was detached (dropped) by the worker.
 
 use std::os::fd::RawFd;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 
 use crate::drops::DropReason;
 pub use crate::segment::Segment;
@@ -300,6 +301,22 @@ pub trait Endpoint: Send {
 
     /// Asks to be woken for the next frame; true = work arrived meanwhile, and there may be no wake-up for it.
     fn rearm(&mut self) -> bool;
+
+    /// The last call: the endpoint's code panicked and the switch lets go of it. Tells the owner why.
+    fn failed(&mut self, _why: &str) {}
+}
+
+/// Calls into an endpoint; a panic in there comes back as its text. The endpoint is of no use then: what it was doing is
+/// half done, and only [`Endpoint::failed`] and dropping it may follow.
+pub(crate) fn guarded<R>(
+    endpoint: &mut dyn Endpoint,
+    act: impl FnOnce(&mut dyn Endpoint) -> R,
+) -> Result<R, String> {
+    catch_unwind(AssertUnwindSafe(|| act(endpoint))).map_err(|panic| {
+        let text = panic.downcast_ref::<&str>().map(ToString::to_string);
+        text.or_else(|| panic.downcast_ref::<String>().cloned())
+            .unwrap_or_else(|| "a panic without a text".into())
+    })
 }
 
 #[cfg(test)]

@@ -30,6 +30,11 @@ pub enum Event {
     BarrierDone {
         id: u64,
     },
+    /// The endpoint's code panicked: the port has none any more.
+    PortDisconnected {
+        port_id: u32,
+        why: String,
+    },
 }
 
 pub struct EventQueue {

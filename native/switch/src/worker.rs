@@ -119,6 +119,18 @@ impl State {
         self.core.barrier(id);
     }
 
+    /// Lets go of endpoints whose code panicked; what they do while they are dropped harms nobody.
+    fn drop_broken(&mut self) {
+        for (port_id, endpoint) in self.core.take_broken() {
+            let poller = &self.poller;
+            self.ready.retain(|&ready| ready != port_id);
+            let _dropped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                poller.remove(endpoint.wake_fd());
+                drop(endpoint);
+            }));
+        }
+    }
+
     fn make_ready(&mut self, port_id: u32) {
         if !self.ready.contains(&port_id) {
             self.ready.push_back(port_id);
@@ -140,6 +152,7 @@ impl State {
                 self.ready.push_back(port_id);
             }
         }
+        self.drop_broken();
         let timeout_ms = if self.ready.is_empty() {
             self.sleep_ms()
         } else {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use vswitch_switch::clock::Clock;
 use vswitch_switch::drops::DropReason;
 use vswitch_switch::endpoint::{Batch, Endpoint, FrameRef, Meta};
+use vswitch_switch::events::Event;
 use vswitch_switch::limits::Limits;
 use vswitch_switch::queue::{pair, QueuePeer};
 use vswitch_switch::tap::{Tap, TapFilter};
@@ -209,6 +210,105 @@ fn a_closed_tap_costs_and_gets_nothing() {
     flush(&worker);
     assert!(tap.read(100).is_empty());
     assert_eq!(Arc::strong_count(&tap), 1, "the worker has let go of it");
+}
+
+/// Panics in the call that it was made for; tells its owner and its drop.
+struct Clumsy {
+    peer: QueuePeer,
+    call: &'static str,
+    told: Arc<std::sync::Mutex<Vec<String>>>,
+}
+
+impl Clumsy {
+    fn step(&self, call: &str) {
+        assert!(call != self.call, "{call} went wrong");
+    }
+}
+
+impl Endpoint for Clumsy {
+    fn wake_fd(&self) -> RawFd {
+        self.peer.fd()
+    }
+
+    fn receive(&mut self, batch: &mut Batch) -> bool {
+        if self.call == "receive" {
+            assert!(batch.push(&broadcast(7), Meta::default()));
+        }
+        self.step("receive");
+        false
+    }
+
+    fn transmit(&mut self, _frame: &FrameRef<'_>) -> Result<(), DropReason> {
+        self.step("transmit");
+        Ok(())
+    }
+
+    fn flush(&mut self) {
+        self.step("flush");
+    }
+
+    fn rearm(&mut self) -> bool {
+        self.step("rearm");
+        false
+    }
+
+    fn failed(&mut self, why: &str) {
+        self.told.lock().unwrap().push(why.to_owned());
+    }
+}
+
+impl Drop for Clumsy {
+    fn drop(&mut self) {
+        self.told.lock().unwrap().push("dropped".into());
+    }
+}
+
+#[test]
+fn an_endpoint_that_panics_is_let_go_of_and_the_others_go_on() {
+    for call in ["receive", "transmit", "flush", "rearm"] {
+        let worker = start(Clock::system());
+        let (a, b) = (add(&worker, 1), add(&worker, 2));
+        let told = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let (peer, _other) = pair(1).unwrap();
+        let clumsy = Clumsy {
+            peer,
+            call,
+            told: told.clone(),
+        };
+        worker
+            .call(|state| {
+                state.core.add_port(3, "p3".into(), 1500).unwrap();
+                state.attach(3, Box::new(clumsy)).unwrap();
+            })
+            .unwrap();
+        for _ in 0..20 {
+            assert!(a.send(broadcast(1), Meta::default()), "{call}");
+        }
+        let got: Vec<_> = arrived(&b, 20);
+        assert!(got.len() >= 20, "{call}: the other port got {}", got.len());
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while told.lock().unwrap().len() < 2 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let words = told.lock().unwrap().clone();
+        assert_eq!(words.len(), 2, "{call}: {words:?}");
+        assert!(
+            words[0].contains(&format!("{call} went wrong")),
+            "{words:?}"
+        );
+        assert_eq!(words[1], "dropped");
+        let events = worker.events.take();
+        assert!(events
+            .iter()
+            .any(|event| matches!(event, Event::PortDisconnected { port_id: 3, .. })));
+        let state = worker
+            .call(|state| {
+                let failed = state.core.switch_counters().endpoints_failed;
+                (state.core.port_state(3), failed)
+            })
+            .unwrap();
+        assert_eq!(state, (Some(false), 1), "{call}");
+    }
 }
 
 /// Counts calls; after it was dropped none may come.

@@ -204,6 +204,7 @@ class PythonDatapath:
         _log.exception("port %s: its endpoint raised; the port is disconnected", port.config.name)
         asyncio.get_running_loop().remove_reader(endpoint.wake_fd)
         port.endpoint = None
+        self._counters.endpoints_failed += 1
         self._changed()
         self._event(DatapathEvent(EventKind.PORT_DISCONNECTED, port_id, f"its endpoint raised: {error}"))
 
