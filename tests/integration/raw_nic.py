@@ -9,7 +9,7 @@ import struct
 from typing import Any
 from uuid import UUID
 
-from guests import World
+from netns_guests import World
 
 from hypervisor import Partition, Quotas
 from netvsc.door import DoorClient

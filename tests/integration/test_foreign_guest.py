@@ -10,7 +10,7 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
-from guests import world
+from netns_guests import world
 
 import vswitch_native
 from netvsp.nic import SyntheticNic

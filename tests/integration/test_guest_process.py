@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from guests import Guest, World, world
+from netns_guests import Guest, World, world
 
 import vswitch_native
 from hypervisor import PartitionState

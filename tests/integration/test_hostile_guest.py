@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from guests import REPOSITORY, World, world
+from netns_guests import REPOSITORY, World, world
 from raw_nic import PAGE, RawNic
 
 import vswitch_native

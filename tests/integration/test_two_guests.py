@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from guests import Guest, world
+from netns_guests import Guest, world
 
 import vswitch_native
 from vswitch_wire.engine import Engine
