@@ -45,6 +45,7 @@ def _offload_tuple(offload: Offload) -> tuple[int, bool, int, int]:
 def _offload(row: tuple[int, bool, int, int]) -> Offload:
     return Offload(Checksum(row[0]), row[1], row[2], row[3])
 
+
 _log = logging.getLogger("vswitch.engine")
 
 

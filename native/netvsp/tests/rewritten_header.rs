@@ -172,3 +172,24 @@ fn the_senders_completion_waits_for_the_flush_behind_delivery() {
     assert_eq!((completion.kind(), completion.transaction_id()), (0xB, 7));
     assert_eq!(completion.payload[..8], [108, 0, 0, 0, 1, 0, 0, 0]);
 }
+
+/// What the switch does with an endpoint whose code panicked, as the channel's owner sees it.
+#[test]
+fn a_panic_is_told_and_ends_the_wait_for_queues() {
+    let mut guest = guest();
+    let channel = guest._channel;
+    channel.close_queue(3);
+    guest.endpoint.failed("index out of bounds");
+    let fault = channel.shared().fault().unwrap();
+    assert!(fault.contains("index out of bounds"), "{fault}");
+    assert!(channel.shared().stats().contains(&("host_failures", 1)));
+    drop(guest.endpoint);
+    channel.close_queue(4);
+    let closed: Vec<_> = channel
+        .shared()
+        .take_control()
+        .into_iter()
+        .map(|packet| (packet.kind.name(), packet.transaction_id))
+        .collect();
+    assert_eq!(closed, [("closed", 3), ("closed", 4)]);
+}

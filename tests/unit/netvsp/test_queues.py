@@ -324,6 +324,26 @@ async def test_a_reopened_nic_negotiates_its_queues_anew(guest: ScriptedGuest) -
     assert (state.queues, state.open_queues, state.rss) == (4, 0, False)
 
 
+async def test_a_nic_retires_when_its_guest_is_quiet(guest: ScriptedGuest) -> None:
+    subs = await spread(guest)
+    message = rndis_packet(ethernet(b"x" * 60))
+    guest.put_section(0, message)
+    body = nvsp.SendRndisPacket(0, 0, len(message)).pack(32)
+    retiring = asyncio.ensure_future(guest.nic.retire())
+    for _ in range(5):
+        subs[0].post(packet.encode_inband(body, 9, True))
+        await guest.pump()
+        await asyncio.sleep(0.1)
+        assert not retiring.done()
+    while not retiring.done():
+        await guest.pump()
+    # Every packet was completed, and the guest was told that its link is down.
+    assert len(subs[0].take()) == 5
+    told = [rndis.decode(entry) for _, group in guest.received() for entry in group]
+    assert told == [rndis.IndicateStatus(rndis.RNDIS_STATUS_MEDIA_DISCONNECT, b"")]
+    assert guest.ingress_drops[DropReason.DISCONNECTED] >= 4
+
+
 async def test_a_large_send_stays_on_one_queue(guest: ScriptedGuest) -> None:
     subs = await spread(guest)
     assert await guest.set(RSS_PARAMETERS, parameters((1,))) == 0
