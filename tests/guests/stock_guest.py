@@ -146,12 +146,14 @@ class StockGuest:
         with self._changed:
             return self._seen.decode(errors="replace")
 
-    def wait_console(self, text: str, timeout: float = 60) -> str:
-        """Waits until the console has printed `text` (a regular expression); the text that matched."""
+    def wait_console(self, text: str, timeout: float = 60, after: int = 0) -> str:
+        """Waits until the console has printed `text` (a regular expression) behind its first `after`
+        characters; the text that matched.
+        """
         pattern = re.compile(text)
         end = time.monotonic() + timeout
         with self._changed:
-            while not (found := pattern.search(self._seen.decode(errors="replace"))):
+            while not (found := pattern.search(self._seen.decode(errors="replace"), after)):
                 left = end - time.monotonic()
                 if left <= 0 or self._ended:
                     raise GuestFailed(

@@ -11,6 +11,10 @@ import pytest
 
 # Outside of `make guests` there is no kernel to boot and often no KVM: these files are not tests there.
 collect_ignore_glob = [] if "VSWITCH_GUESTS_MANIFEST" in os.environ else ["test_*.py"]
+# What is about our own programs rather than a kernel's drivers runs with the first kernel alone.
+ONCE = ["test_control_plane.py", "test_docs.py", "test_hostile_payload.py", "test_sandbox.py"]
+if os.environ.get("VSWITCH_GUESTS_ONCE") == "no":
+    collect_ignore_glob += ONCE
 
 if "VSWITCH_GUESTS_MANIFEST" in os.environ:
     from tests.guests.inside.world import BOX, VM1, VM2, Box, World, has_address

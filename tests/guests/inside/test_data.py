@@ -82,6 +82,7 @@ def test_digests_are_equal_for_each_combination_of_offloads(
     for state in states.values():
         assert state["rx-checksumming"] == ("on" if checksum else "off")
         assert state["tx-checksumming"] == ("on" if checksum else "off")
+        assert state["large-receive-offload"] == ("on" if rsc else "off")
         # Linux offers no LSO without checksum offload: it segments in software then.
         assert state["tcp-segmentation-offload"] == ("on" if lso and checksum else "off")
     with Pinging(vm1, [VM2.address]), Pinging(vm2, [BOX.address]):

@@ -19,11 +19,10 @@ VERSIONS = [(5, 3), (5, 2), (5, 1), (5, 0), (4, 1), (4, 0), (3, 0), (2, 4)]
 
 def _reload(guest: StockGuest, *parameters: str) -> None:
     """The VMBus driver anew, with those that use it."""
-    guest.sh("killall hv_kvp_daemon; rmmod hv_utils; rmmod hv_netvsc; rmmod hv_vmbus", 60)
+    guest.sh("utils stop && rmmod hv_netvsc && rmmod hv_vmbus", 90)
     # What was said until now is kept for the last test; what follows is of this load alone.
     guest.sh("dmesg -r -c >>/run/dmesg.kept")
-    guest.sh(f"load hv_vmbus {' '.join(parameters)} && load hv_netvsc && load hv_utils", 90)
-    guest.run("hv_kvp_daemon", 20)
+    guest.sh(f"load hv_vmbus {' '.join(parameters)} && load hv_netvsc && utils start", 90)
 
 
 @pytest.mark.parametrize(("major", "minor"), VERSIONS)

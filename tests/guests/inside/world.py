@@ -137,12 +137,15 @@ class World:
     # --- guests ---
 
     def create(self, machine: Machine, cmdline: str = "") -> None:
-        """A partition for a stock guest, made by the command line as docs/guests.md has it."""
-        self.cli(
-            "partition", "create", machine.name, "--kvm", "--kernel", self.manifest["kernel"]["path"],
-            "--initrd", self.manifest["initrd"], "--cmdline", f"{CMDLINE} {cmdline}".strip(), "--memory",
-            "256M", "--cpus", str(machine.cpus),
-        )  # fmt: skip
+        """A partition for a stock guest, with a NIC on the switch."""
+        self.client.create_kvm_partition(
+            machine.name,
+            kernel=self.manifest["kernel"]["path"],
+            initrd=self.manifest["initrd"],
+            cmdline=f"{CMDLINE} {cmdline}".strip(),
+            memory_bytes=256 * MIB,
+            vp_count=machine.cpus,
+        )
         self.client.create_nic(
             machine.nic, port=machine.port, mac=machine.mac, addresses=[f"{machine.address}/24"]
         )
@@ -153,9 +156,14 @@ class World:
         return self.join(machine)
 
     def join(self, machine: Machine) -> StockGuest:
-        """The guest's console, into a log of its own for each boot."""
+        """The guest's console, into a log of its own for each boot.
+
+        Joined where the VMM serves it: daemon and command line, which give it to a user, have tests of their
+        own (test_docs.py, test_control_plane.py), and every answer through them costs an emulated machine.
+        """
         self._boots += 1
-        console = Console.by(self.command("partition", "console", machine.name), self.environment)
+        number = self.client.get_partition(machine.name).partition_id
+        console = Console.at(self.run_dir / "consoles" / f"{number}.sock")
         log = self.folder / f"console-{machine.name}-{self._boots}.log"
         guest = StockGuest(machine.name, console, log)
         self.guests[machine.name] = guest
