@@ -183,7 +183,7 @@ class World:
         guest = Guest(name, mac, address, partition, nic, port, keeper, log, self.python, offer)
         self.guests[name] = guest
         try:
-            await partition.attach()
+            await partition.attach(30)
             await self.configure(guest, mtu=mtu)
         except BaseException:
             sys.stderr.write(log.read_text())

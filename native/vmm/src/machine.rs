@@ -37,6 +37,8 @@ pub enum End {
 const ERROR_INTERNAL: u32 = 8;
 /// The most that one HELLO carries: 16 regions and 64 interrupts.
 const MOST_FDS: usize = 80;
+/// The first connection may take this long, however short the grace period is.
+const FIRST_GRACE: Duration = Duration::from_secs(20);
 /// When a slow reader or a full serial queue is looked at again.
 const RETRY: Duration = Duration::from_millis(20);
 
@@ -47,6 +49,7 @@ const CONSOLE_CLIENT: u64 = 4;
 const OUTPUT: u64 = 5;
 const CONTROL: u64 = 6;
 const REQUESTS: u64 = 7;
+const TERMINATED: u64 = 8;
 const ACKNOWLEDGED: u64 = 0x100;
 const READ: u32 = libc::EPOLLIN as u32;
 const WRITE: u32 = libc::EPOLLOUT as u32;
@@ -99,13 +102,15 @@ pub struct Machine {
     socket: Option<Arc<OwnedFd>>,
     socket_events: u32,
     client: Option<(RawFd, u32)>,
-    lost_at: Instant,
+    /// When the machine gives up waiting for its host.
+    deadline: Instant,
     door: Door,
     requests: Arc<Requests>,
     output: Arc<Output>,
     console: Console,
     ports: Arc<Ports>,
     running: Option<Running>,
+    terminated: EventFd,
     end: Option<End>,
     sandboxed: bool,
 }
@@ -115,7 +120,14 @@ fn events_of(fds: Vec<OwnedFd>) -> Vec<EventFd> {
 }
 
 impl Machine {
-    pub fn new(options: Options, kvm: Kvm, listener: OwnedFd, log: OwnedFd) -> Result<Self> {
+    /// `log` takes the console's output; the machine ends when `terminated` is readable.
+    pub fn new(
+        options: Options,
+        kvm: Kvm,
+        listener: OwnedFd,
+        log: OwnedFd,
+        terminated: EventFd,
+    ) -> Result<Self> {
         let epoll = Epoll::new().context("epoll")?;
         calls::set_nonblocking(listener.as_fd());
         let output = Arc::new(Output::new()?);
@@ -128,7 +140,7 @@ impl Machine {
             cmdline: options.cmdline,
             name: options.name,
             grace: options.grace,
-            lost_at: Instant::now(),
+            deadline: after(options.grace.max(FIRST_GRACE)),
             socket: None,
             socket_events: 0,
             client: None,
@@ -139,6 +151,7 @@ impl Machine {
             kvm,
             epoll,
             listener,
+            terminated,
             output,
         };
         for (fd, number) in [
@@ -146,6 +159,7 @@ impl Machine {
             (machine.console.listener().as_raw_fd(), CONSOLE_LISTENER),
             (machine.output.event().as_raw_fd(), OUTPUT),
             (machine.requests.event().as_raw_fd(), REQUESTS),
+            (machine.terminated.as_raw_fd(), TERMINATED),
         ] {
             machine.epoll.update(fd, number, 0, READ).context("epoll")?;
         }
@@ -176,7 +190,7 @@ impl Machine {
         let grace = self
             .socket
             .is_none()
-            .then(|| (self.lost_at + self.grace).saturating_duration_since(Instant::now()));
+            .then(|| self.deadline.saturating_duration_since(Instant::now()));
         let soonest = grace.into_iter().chain(retry.then_some(RETRY)).min();
         soonest.map_or(-1, |time| {
             i32::try_from(time.as_millis()).unwrap_or(i32::MAX - 1) + 1
@@ -193,6 +207,10 @@ impl Machine {
             }
             CONSOLE_CLIENT => {
                 self.console.receive();
+                Ok(())
+            }
+            TERMINATED => {
+                self.end = Some(End::Off);
                 Ok(())
             }
             OUTPUT => drain(self.output.event()),
@@ -245,7 +263,7 @@ impl Machine {
         self.watch(socket.as_raw_fd(), DOOR, self.socket_events, 0)?;
         drop(socket);
         self.watch(self.listener.as_raw_fd(), DOOR_LISTENER, 0, READ)?;
-        self.lost_at = Instant::now();
+        self.deadline = after(self.grace);
         self.say(&format!("the door is closed: {why}"));
         let Some(running) = &mut self.running else {
             return Ok(());
@@ -612,7 +630,7 @@ impl Machine {
 
     /// Takes the next step of whatever waits for the processors to stop, or for the host.
     fn advance(&mut self) -> Result<()> {
-        if self.socket.is_none() && self.lost_at.elapsed() >= self.grace {
+        if self.socket.is_none() && Instant::now() >= self.deadline {
             self.say("no host came back in time");
             self.end = Some(End::Abandoned);
         }
@@ -743,6 +761,13 @@ impl Machine {
             _ => Ok(()),
         }
     }
+}
+
+/// A time from now; one beyond reckoning is as far as it goes.
+fn after(time: Duration) -> Instant {
+    let now = Instant::now();
+    now.checked_add(time)
+        .unwrap_or_else(|| now + Duration::from_secs(u64::from(u32::MAX)))
 }
 
 fn drain(event: &EventFd) -> Result<()> {

@@ -1,7 +1,7 @@
 //! From a command line to a machine that waits for its host.
 
 use std::io;
-use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use kvm_ioctls::Kvm;
 
@@ -9,7 +9,7 @@ use crate::args::Options;
 use crate::calls;
 use crate::error::{Context, Error, Result};
 use crate::machine::{End, Machine};
-use crate::{kick, probe, sandbox};
+use crate::{kick, privileges, probe, sandbox, terminate};
 
 const DOOR_VARIABLE: &str = "VSWITCH_DOOR_FD";
 
@@ -46,6 +46,17 @@ pub fn run(mut options: Options) -> Result<End> {
         ))
     })?;
     let kvm = open_kvm(options.kvm.take())?;
+    let mut kept = vec![
+        0,
+        1,
+        2,
+        listener.as_raw_fd(),
+        kvm.as_raw_fd(),
+        options.kernel.as_raw_fd(),
+        options.console.as_raw_fd(),
+    ];
+    kept.extend(options.initrd.as_ref().map(AsRawFd::as_raw_fd));
+    privileges::close_others(&kept);
     probe::check(&kvm)?;
     sandbox::set_affinity(&options.host_cpus)?;
     let log = io::stdout()
@@ -53,6 +64,7 @@ pub fn run(mut options: Options) -> Result<End> {
         .try_clone_to_owned()
         .context("standard output")?;
     kick::install().context("signals")?;
+    let terminated = terminate::install().context("signals")?;
     sandbox::give_up_privileges()?;
-    Machine::new(options, kvm, listener, log)?.run()
+    Machine::new(options, kvm, listener, log, terminated)?.run()
 }

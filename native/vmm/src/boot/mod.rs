@@ -1,7 +1,7 @@
 //! From a kernel image to a processor that is about to run it (Linux, Documentation/arch/x86/boot.rst).
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Cursor, Read, Seek, SeekFrom};
 
 use linux_loader::loader::bootparam::{boot_params, setup_header};
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
@@ -81,12 +81,14 @@ pub fn load(
 }
 
 fn load_kernel(memory: &Memory, kernel: &mut File, low: u64) -> Result<Loaded> {
-    let mut magic = [0; 4];
+    // As a whole: over network file systems one read gives less than is asked for, and the loaders ask once.
+    let mut bytes = Vec::new();
     kernel.seek(SeekFrom::Start(0)).context("kernel")?;
-    kernel.read_exact(&mut magic).context("kernel")?;
-    kernel.seek(SeekFrom::Start(0)).context("kernel")?;
-    if magic == *b"\x7FELF" {
-        let result = Elf::load(memory, None, kernel, None).context("kernel (ELF)")?;
+    kernel.read_to_end(&mut bytes).context("kernel")?;
+    let elf = bytes.starts_with(b"\x7FELF");
+    let mut kernel = Cursor::new(bytes);
+    if elf {
+        let result = Elf::load(memory, None, &mut kernel, None).context("kernel (ELF)")?;
         let header = setup_header {
             type_of_loader: LOADER_UNDEFINED,
             boot_flag: 0xAA55,
@@ -103,7 +105,7 @@ fn load_kernel(memory: &Memory, kernel: &mut File, low: u64) -> Result<Loaded> {
             end: result.kernel_end,
         });
     }
-    let result = BzImage::load(memory, None, kernel, Some(GuestAddress(HIGH)))
+    let result = BzImage::load(memory, None, &mut kernel, Some(GuestAddress(HIGH)))
         .context("kernel: neither a bzImage nor an ELF file that fits into memory")?;
     let mut header = result
         .setup_header
@@ -111,7 +113,9 @@ fn load_kernel(memory: &Memory, kernel: &mut File, low: u64) -> Result<Loaded> {
     if header.version < BOOT_VERSION_64 || header.xloadflags & XLF_KERNEL_64 == 0 {
         return Err(Error::new("kernel: it has no 64-bit entry point"));
     }
-    let needed = header.pref_address + u64::from(header.init_size);
+    let needed = header
+        .pref_address
+        .saturating_add(u64::from(header.init_size));
     if needed > low {
         return Err(Error::new(format!(
             "kernel: it needs {needed} bytes of memory to unpack itself and the partition has {low}: give it more"
@@ -162,19 +166,28 @@ fn load_initrd(
                 "initial RAM disk: {size} bytes do not fit beside the kernel: give the partition more memory"
             ))
         })?;
-    read_into(memory, initrd, start, size).context("initial RAM disk")?;
+    read_into(memory, initrd, start, size)?;
     parameters.hdr.ramdisk_image = start as u32;
     parameters.hdr.ramdisk_size = u32::try_from(size).context("initial RAM disk")?;
     Ok(())
 }
 
-fn read_into<F: ReadVolatile>(
-    memory: &Memory,
-    from: &mut F,
-    start: u64,
-    size: u64,
-) -> std::result::Result<(), vm_memory::GuestMemoryError> {
-    memory.read_exact_volatile_from(GuestAddress(start), from, size as usize)
+/// All of `size` bytes, however few each read gives.
+fn read_into<F: ReadVolatile>(memory: &Memory, from: &mut F, start: u64, size: u64) -> Result<()> {
+    let mut done = 0;
+    while done < size {
+        let wanted = usize::try_from(size - done).context("initial RAM disk")?;
+        let count = memory
+            .read_volatile_from(GuestAddress(start + done), from, wanted)
+            .context("initial RAM disk")?;
+        if count == 0 {
+            return Err(Error::new(
+                "initial RAM disk: it became shorter while it was read",
+            ));
+        }
+        done += count as u64;
+    }
+    Ok(())
 }
 
 fn write_memory_map(memory: &Memory, parameters: &mut boot_params) {
@@ -195,5 +208,168 @@ fn write_memory_map(memory: &Memory, parameters: &mut boot_params) {
         slot.addr = start;
         slot.size = end - start;
         slot.r#type = kind;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    const SIZE: usize = 8 << 20;
+
+    fn memory() -> Memory {
+        Memory::from_ranges(&[(GuestAddress(0), SIZE), (GuestAddress(1 << 32), 1 << 20)]).unwrap()
+    }
+
+    fn file(name: &str, bytes: &[u8]) -> File {
+        let path = std::env::temp_dir().join(format!("vswitch-{name}-{}", std::process::id()));
+        let options = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .clone();
+        let mut file = options.open(&path).unwrap();
+        std::fs::remove_file(path).unwrap();
+        file.write_all(bytes).unwrap();
+        file
+    }
+
+    /// The smallest ELF file that loads: one segment of four bytes at 2 MiB.
+    fn elf() -> Vec<u8> {
+        let mut image = b"\x7FELF\x02\x01\x01".to_vec();
+        image.resize(16, 0);
+        for half in [2u16, 62] {
+            image.extend(half.to_le_bytes());
+        }
+        image.extend(1u32.to_le_bytes());
+        for word in [0x20_0001u64, 64, 0] {
+            image.extend(word.to_le_bytes());
+        }
+        image.extend(0u32.to_le_bytes());
+        for half in [64u16, 56, 1, 0, 0, 0] {
+            image.extend(half.to_le_bytes());
+        }
+        for word in [1u32, 5] {
+            image.extend(word.to_le_bytes());
+        }
+        for word in [120u64, 0x20_0000, 0x20_0000, 4, 4, 4096] {
+            image.extend(word.to_le_bytes());
+        }
+        image.extend(b"code");
+        image
+    }
+
+    /// A bzImage of two sectors of setup and a few bytes of kernel.
+    fn bzimage(xloadflags: u16, pref_address: u64) -> Vec<u8> {
+        let mut image = vec![0; 1024];
+        let header = setup_header {
+            setup_sects: 1,
+            header: HEADER_MAGIC,
+            version: BOOT_VERSION_64,
+            loadflags: 1,
+            code32_start: HIGH as u32,
+            xloadflags,
+            cmdline_size: 255,
+            initrd_addr_max: u32::MAX,
+            pref_address,
+            init_size: 1 << 20,
+            ..Default::default()
+        };
+        let bytes = header.as_slice();
+        image[0x1F1..0x1F1 + bytes.len()].copy_from_slice(bytes);
+        image.extend(b"kernel");
+        image
+    }
+
+    fn loaded(
+        image: &[u8],
+        initrd: Option<&[u8]>,
+        cmdline: &str,
+    ) -> Result<(Memory, u64, boot_params)> {
+        let memory = memory();
+        let mut initrd = initrd.map(|bytes| file("initrd", bytes));
+        let entry = load(
+            &memory,
+            &mut file("kernel", image),
+            initrd.as_mut(),
+            cmdline,
+            2,
+        )?;
+        let mut parameters = boot_params::default();
+        memory
+            .read_slice(parameters.as_mut_slice(), GuestAddress(BOOT_PARAMS))
+            .unwrap();
+        Ok((memory, entry, parameters))
+    }
+
+    #[test]
+    fn an_elf_file_is_entered_where_it_says() {
+        let (memory, entry, parameters) = loaded(&elf(), None, "x=1").unwrap();
+        assert_eq!(entry, 0x20_0001);
+        let mut code = [0; 4];
+        memory
+            .read_slice(&mut code, GuestAddress(0x20_0000))
+            .unwrap();
+        assert_eq!(&code, b"code");
+        let rsdp = parameters.acpi_rsdp_addr;
+        let mut signature = [0; 8];
+        memory
+            .read_slice(&mut signature, GuestAddress(rsdp))
+            .unwrap();
+        assert_eq!(&signature, b"RSD PTR ");
+    }
+
+    #[test]
+    fn a_bzimage_gets_its_parameters_and_its_disk() {
+        let disk = vec![0x5A; 70_000];
+        let (memory, entry, parameters) =
+            loaded(&bzimage(1, 2 << 20), Some(&disk), "quiet").unwrap();
+        assert_eq!(entry, HIGH + ENTRY_64);
+        let header = parameters.hdr;
+        let (start, size) = (header.ramdisk_image, header.ramdisk_size);
+        assert_eq!(size as usize, disk.len());
+        assert_eq!(start % 4096, 0);
+        assert!(start as usize + disk.len() <= SIZE);
+        let mut last = [0];
+        memory
+            .read_slice(&mut last, GuestAddress(u64::from(start) + 69_999))
+            .unwrap();
+        assert_eq!(last, [0x5A]);
+        let mut text = [0; 6];
+        memory
+            .read_slice(&mut text, GuestAddress(COMMAND_LINE))
+            .unwrap();
+        assert_eq!(&text, b"quiet\0");
+        let table = parameters.e820_table;
+        let entries: Vec<_> = table
+            .iter()
+            .take(usize::from(parameters.e820_entries))
+            .map(|entry| (entry.addr, entry.size, entry.r#type))
+            .collect();
+        let (low, high) = ((HIGH, SIZE as u64 - HIGH, RAM), (1 << 32, 1 << 20, RAM));
+        assert_eq!(
+            (entries[0], entries[3], entries[4]),
+            ((0, EBDA, RAM), low, high)
+        );
+        assert_eq!(entries.len(), 5);
+    }
+
+    #[test]
+    fn what_cannot_boot_is_refused_in_words() {
+        let refusal = |image: &[u8], initrd: Option<&[u8]>, cmdline: &str| {
+            let refused = loaded(image, initrd, cmdline);
+            refused.map(|_| ()).unwrap_err().to_string()
+        };
+        let good = bzimage(1, 2 << 20);
+        assert!(refusal(b"text", None, "").contains("neither a bzImage nor an ELF"));
+        assert!(refusal(&bzimage(0, 2 << 20), None, "").contains("no 64-bit entry"));
+        assert!(refusal(&bzimage(1, 8 << 20), None, "").contains("give it more"));
+        assert!(refusal(&bzimage(1, u64::MAX), None, "").contains("give it more"));
+        assert!(refusal(&good, None, &"x".repeat(256)).contains("takes 255"));
+        let large = vec![0; 7 << 20];
+        assert!(refusal(&good, Some(&large), "").contains("do not fit"));
     }
 }
