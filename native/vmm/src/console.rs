@@ -228,6 +228,11 @@ impl Console {
         }
     }
 
+    /// Lets go of the client.
+    pub fn hang_up(&mut self) {
+        self.client = None;
+    }
+
     /// Types into the serial port as much as it takes. True when bytes are left.
     pub fn type_in(&mut self, ports: &Ports) -> bool {
         while !self.typed.is_empty() {
