@@ -120,6 +120,7 @@ async def main() -> int:
             "vm-eth0", bytes.fromhex("02155d000001"), UUID(int=0xF01), switch.add_port("vm"), engine="native"
         )
         await partition.vmbus.offer(nic)
+        partition.on_reset.append(lambda: print("\r\nthe guest starts anew\r", flush=True))
         status = -1
         with contextlib.suppress(TimeoutError):
             async with machine(

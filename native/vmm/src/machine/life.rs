@@ -336,6 +336,8 @@ impl Machine {
                 Power::Reset if running.reset == Reset::No => {
                     running.reset = Reset::Wanted;
                     running.control.stop();
+                    let text = format!("[vmm {}: the guest resets itself]\r\n", self.name);
+                    self.output.append(text.as_bytes());
                 }
                 Power::Reset => {}
             }
