@@ -12,7 +12,7 @@ from hypervisor import Hypervisor, PartitionState
 from netvsp.nic import SyntheticNic
 from tests.guests.stock_guest import Console, StockGuest
 from tests.guests.vmm import machine
-from tests.integration.guests import World
+from tests.integration.netns_guests import World
 from vswitch import Switch
 
 ADDRESS, MAC = "10.9.0.100", "02:15:5d:00:01:00"
@@ -31,8 +31,13 @@ def confinement(pid: int) -> set[tuple[str, str, str]]:
     return found
 
 
-async def test_a_stock_kernel_from_power_on_to_power_off(tmp_path: Path) -> None:
+def images() -> tuple[Path, Path]:
+    """Kernel and initial RAM disk of this run."""
     manifest = json.loads(Path(os.environ["VSWITCH_GUESTS_MANIFEST"]).read_text())
+    return Path(manifest["kernel"]["path"]), Path(manifest["initrd"])
+
+
+async def test_a_stock_kernel_from_power_on_to_power_off(tmp_path: Path) -> None:
     hypervisor = Hypervisor(engine="native", run_dir=tmp_path / "run")
     lab = World("native", tmp_path, hypervisor, Switch("s0", engine="native"))
     try:
@@ -42,7 +47,7 @@ async def test_a_stock_kernel_from_power_on_to_power_off(tmp_path: Path) -> None
         port = lab.switch.add_port("vm")
         mac = bytes.fromhex(MAC.replace(":", ""))
         await partition.vmbus.offer(SyntheticNic("vm-eth0", mac, UUID(int=0xF80), port, engine="native"))
-        kernel, initrd = Path(manifest["kernel"]["path"]), Path(manifest["initrd"])
+        kernel, initrd = images()
         peer = await lab.add("peer")
         async with machine(partition, tmp_path, kernel, initrd, CMDLINE) as vm:
             guest = StockGuest("vm", Console.at(vm.console), tmp_path / "vm.seen")

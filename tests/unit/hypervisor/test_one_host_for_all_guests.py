@@ -1,5 +1,5 @@
-"""What serves guests does not know what kind of guest it serves: in Python by name and import (the import linter
-holds the latter too), in Rust by dependency.
+"""What serves guests does not know what kind of guest it serves: in Python by name (imports are the import
+linter's), in Rust by dependency.
 """
 
 from __future__ import annotations
