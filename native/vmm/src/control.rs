@@ -94,7 +94,8 @@ impl Control {
             let Some(thread) = state.threads.get_mut(vp as usize) else {
                 return false;
             };
-            if std::mem::take(&mut thread.give_up) {
+            let gave_up = std::mem::take(&mut thread.give_up);
+            if gave_up {
                 *vcpu = None;
             }
             if let Some(next) = thread.next.take() {
@@ -105,10 +106,13 @@ impl Control {
             if !thread.stopped {
                 return true;
             }
+            // Only when something changed: two threads that wait would wake each other for ever.
             if !was {
                 let _ = self.wake.write(1);
             }
-            self.changed.notify_all();
+            if gave_up {
+                self.changed.notify_all();
+            }
             state = self
                 .changed
                 .wait(state)
@@ -216,5 +220,57 @@ impl Control {
     /// The messages that were lost since the last call.
     pub fn take_ended(&self) -> Vec<(u32, u32)> {
         std::mem::take(&mut self.state().ended)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    #[test]
+    fn stopped_threads_sleep_and_what_is_asked_of_them_happens() {
+        let control = Arc::new(Control::new(3).unwrap());
+        for vp in 0..3 {
+            let control = Arc::clone(&control);
+            std::thread::spawn(move || {
+                control.ready(vp);
+                control.wait(vp, &mut None)
+            });
+        }
+        control.wait_ready();
+        let limit = Instant::now() + Duration::from_secs(5);
+        while !control.stopped() {
+            assert!(Instant::now() < limit);
+            std::thread::yield_now();
+        }
+        // A thread that wakes the others when it wakes up keeps the lock busy without end.
+        let before = cpu_time();
+        std::thread::sleep(Duration::from_millis(200));
+        let used = cpu_time() - before;
+        assert!(
+            used < Duration::from_millis(100),
+            "{used:?} in 200 ms of rest"
+        );
+        control.give_up();
+        control.power(Power::Reset);
+        assert!(control.stop_wanted());
+        assert_eq!(control.take_power(), Some(Power::Reset));
+        assert_eq!(control.take_power(), None);
+        assert!(!control.wait(3, &mut None), "there is no fourth");
+    }
+
+    /// Of this process, so far.
+    fn cpu_time() -> Duration {
+        let stat = std::fs::read_to_string("/proc/self/schedstat").unwrap();
+        let mine: u64 = stat.split(' ').next().unwrap().parse().unwrap();
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+        let all: u64 = tasks
+            .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("schedstat")).ok())
+            .filter_map(|text| text.split(' ').next()?.parse::<u64>().ok())
+            .sum();
+        Duration::from_nanos(all.max(mine))
     }
 }
