@@ -1,5 +1,7 @@
 //! Whatever frames come, in whatever order and with whatever descriptors: the door answers or refuses, and never panics.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests")]
+
 use std::fs::File;
 use std::os::fd::OwnedFd;
 

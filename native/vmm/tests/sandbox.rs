@@ -1,5 +1,7 @@
 //! The sandbox holds: what a guest that has broken into the process could try kills it; what it needs goes on.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests")]
+
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 
