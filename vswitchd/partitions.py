@@ -283,7 +283,12 @@ class PartitionManager:
             await self._workshop.offer(nic, partition)
         attaching = asyncio.create_task(partition.attach(seconds))
         ending: list[asyncio.Future[Any]] = [attaching, record.guest.ended]
-        await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            attaching.cancel()
+            await asyncio.gather(attaching, return_exceptions=True)
+            raise
         if attaching.done() and attaching.exception() is not None:
             # A guest that refuses to start breaks its door a moment before it ends, and says why.
             await asyncio.wait([record.guest.ended], timeout=LAST_WORDS_SECONDS)

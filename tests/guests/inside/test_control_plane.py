@@ -23,6 +23,14 @@ from vswitch_api.v1 import partition_pb2
 from vswitchctl.client import Client
 from vswitchctl.launch import daemon_environment, start_daemon
 
+# Two guests that boot three times between them, beside those of the suite: too much for one emulated machine.
+pytestmark = [
+    pytest.mark.skipif(
+        not os.environ.get("VSWITCH_GUESTS_LAB"),
+        reason="boots guests of its own: VSWITCH_GUESTS_LAB=1 python -m tests.guests.run -- -k control_plane",
+    ),
+    pytest.mark.timeout(300),
+]
 RUNNING = partition_pb2.PARTITION_STATE_RUNNING
 STOPPED = partition_pb2.PARTITION_STATE_STOPPED
 
@@ -138,28 +146,6 @@ def test_what_a_guest_tells_of_itself_is_shown(lab: Lab) -> None:
     table = lab.cli("partition", "show", "m1")
     assert "10.77.0.1" in table
     assert "ok, last" in table
-
-
-def test_the_vmm_is_confined(lab: Lab) -> None:
-    partition = lab.client.get_partition("m1")
-    tasks = sorted(Path(f"/proc/{partition.agent_pid}/task").iterdir())
-    assert len(tasks) >= 3  # one for each processor and one for the rest
-    for task in tasks:
-        status = dict(
-            line.split(":\t", 1) for line in (task / "status").read_text().splitlines() if ":\t" in line
-        )
-        assert status["Seccomp"].strip() == "2", task
-        assert status["NoNewPrivs"].strip() == "1"
-        for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
-            assert int(status[name], 16) == 0, (task, name)
-    for kind in ("user", "pid", "mnt", "net", "ipc", "uts"):
-        inside, outside = (
-            os.stat(f"/proc/{who}/ns/{kind}").st_ino for who in (partition.agent_pid, os.getpid())
-        )
-        assert inside != outside, kind
-    # Its own files in /proc belong to root: not even its own user may trace it or look into it.
-    assert lab.run_dir.stat().st_uid == os.getuid()
-    assert os.stat(f"/proc/{partition.agent_pid}/environ").st_uid == 0
 
 
 def test_guests_live_on_when_the_daemon_is_killed_and_a_new_one_finds_them(lab: Lab) -> None:
