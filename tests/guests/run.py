@@ -116,6 +116,7 @@ def _inside(
         "VSWITCH_GUESTS_MANIFEST": str(told),
         "VSWITCH_GUESTS_VOLUME": str(volume),
         "VSWITCH_GUESTS_ONCE": "yes" if first else "no",
+        "VSWITCH_GUESTS_LAB": os.environ.get("VSWITCH_GUESTS_LAB", ""),
     }
     status = nested.run(command, timeout=SECONDS_FOR_EACH, environment=environment)
     console = OUTPUT / "console-nested.log"

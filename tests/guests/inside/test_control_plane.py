@@ -27,7 +27,7 @@ from vswitchctl.launch import daemon_environment, start_daemon
 pytestmark = [
     pytest.mark.skipif(
         not os.environ.get("VSWITCH_GUESTS_LAB"),
-        reason="boots guests of its own: VSWITCH_GUESTS_LAB=1 python -m tests.guests.run -- -k control_plane",
+        reason="boots guests of its own: run by VSWITCH_GUESTS_LAB=1 and `-k control_plane`",
     ),
     pytest.mark.timeout(300),
 ]
@@ -114,8 +114,11 @@ def alive(pid: int) -> bool:
 def reaches(guest: StockGuest, *addresses: str) -> None:
     """Waits until the guest's pings are answered."""
     for address in addresses:
-        ping = f"ping -c 2 -W 2 {address}"
-        until(lambda ping=ping: guest.run(ping).status == 0, f"{guest.name} reaches {address}", 60)
+
+        def answered(ping: str = f"ping -c 2 -W 2 {address}") -> bool:
+            return guest.run(ping).status == 0
+
+        until(answered, f"{guest.name} reaches {address}", 60)
 
 
 def test_a_lab_of_stock_guests_comes_up_from_its_file(lab: Lab) -> None:
