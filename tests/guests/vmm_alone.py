@@ -1,6 +1,6 @@
 """The VMM behind a bare hypervisor: one stock kernel's life, told from outside, without the daemon.
 
-For those who change the VMM; `make guests` tells the same of the whole product. Where KVM runs Hyper-V guests:
+For those who change the VMM; `make guests` tells it of the whole product. Where KVM runs Hyper-V guests:
 
     VSWITCH_GUESTS_MANIFEST=build/guests/RELEASE/manifest.json pytest tests/guests/vmm_alone.py
 """
