@@ -29,6 +29,17 @@ from tests.guests.packages import OUTPUT, ROOT, GuestsUnavailable, Suite
 # MiB per transfer. Under emulation a guest's processor does a few MB/s; the size alone differs.
 VOLUME_REAL = 1024
 VOLUME_EMULATED = 4
+_INSIDE = "tests/guests/inside"
+# "short" is what fits into a test run on a small machine that emulates: everything else is run by hand.
+SUITES = {
+    "short": [
+        f"{_INSIDE}/test_boot.py",
+        f"{_INSIDE}/test_utils.py",
+        f"{_INSIDE}/test_integration_services.py",
+    ],
+    "all": [_INSIDE],
+}
+KERNELS = {"short": ["6.1"], "all": list(DEFAULT)}
 SECONDS_FOR_EACH = float(os.environ.get("VSWITCH_GUESTS_SECONDS", "330"))
 
 
@@ -96,7 +107,7 @@ def _compile() -> None:
 
 
 def _inside(
-    image: KernelImage, initrd: Path, volume: int, first: bool, arguments: list[str]
+    image: KernelImage, initrd: Path, volume: int, suite: str, first: bool, arguments: list[str]
 ) -> tuple[int, Path]:
     """Runs the tests with one kernel; their exit status and their results."""
     folder = OUTPUT / image.release
@@ -106,7 +117,7 @@ def _inside(
     told.write_text(json.dumps(manifest(image, initrd), indent=1))
     results = folder / "tests.xml"
     command = [
-        sys.executable, "-m", "pytest", "tests/guests/inside", "-p", "no:cacheprovider",
+        sys.executable, "-m", "pytest", *SUITES[suite], "-p", "no:cacheprovider",
         "-p", "no:vswitchlab.pytest_plugin",
         "--override-ini=addopts=-ra --strict-markers", "--durations=12",
         "--timeout=300", "--override-ini=timeout_func_only=true",
@@ -115,6 +126,7 @@ def _inside(
     environment = {
         "VSWITCH_GUESTS_MANIFEST": str(told),
         "VSWITCH_GUESTS_VOLUME": str(volume),
+        "VSWITCH_GUESTS_CPUS": "4" if suite == "all" else "2",
         "VSWITCH_GUESTS_ONCE": "yes" if first else "no",
         "VSWITCH_GUESTS_LAB": os.environ.get("VSWITCH_GUESTS_LAB", ""),
     }
@@ -147,6 +159,9 @@ def main() -> int:
     parser.add_argument(
         "--own-initrd", type=Path, metavar="F", help="an initial RAM disk below the tests' own"
     )
+    parser.add_argument(
+        "--suite", choices=tuple(SUITES), default="short", help="all: every test, 4 processors"
+    )
     parser.add_argument("--volume", type=int, metavar="MIB", help="of each transfer")
     parser.add_argument("--or-skip", action="store_true", help="a machine that cannot do it is no failure")
     parser.add_argument("pytest", nargs="*", metavar="PYTEST ARGUMENT")
@@ -161,7 +176,7 @@ def main() -> int:
                 parser.error("--own-kernel needs --own-modules")
             images = [own(options.own_kernel.absolute(), options.own_modules.absolute())]
         else:
-            images = [debian(version) for version in options.kernel or DEFAULT]
+            images = [debian(version) for version in options.kernel or KERNELS[options.suite]]
         ready = [(image, guest_initrd(image, base=options.own_initrd)) for image in images]
     except GuestsUnavailable as error:
         print(f"guests: {'SKIPPED' if options.or_skip else 'cannot run'}: {error}", file=sys.stderr)
@@ -175,7 +190,7 @@ def main() -> int:
             f"guests: kernel {image.release} ({image.package} {image.version}), {volume} MiB per transfer",
             flush=True,
         )
-        status, results = _inside(image, initrd, volume, not parts, options.pytest)
+        status, results = _inside(image, initrd, volume, options.suite, not parts, options.pytest)
         parts.append(results)
         if status:
             failed.append(f"{image.release} (status {status})")

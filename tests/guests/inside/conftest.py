@@ -45,12 +45,12 @@ if "VSWITCH_GUESTS_MANIFEST" in os.environ:
 
     @pytest.fixture
     def vm1(world: World) -> StockGuest:
-        """The guest with four processors."""
+        """The guest with several processors."""
         return world.guests[VM1.name]
 
     @pytest.fixture
     def vm2(world: World) -> StockGuest:
-        """The guest with two."""
+        """The guest with one."""
         return world.guests[VM2.name]
 
     @pytest.fixture
