@@ -10,8 +10,8 @@ CARGO_OUT := $(or $(CARGO_TARGET_DIR),native/target)
 PYTEST_ARGS ?=
 # More workers than processors: tests also wait.
 TEST_JOBS ?= $(shell expr $$(nproc) + 1)
-# `make test GUESTS=no` leaves out the stock guests; `make guests KERNEL=bzImage MODULES=lib/modules/RELEASE [INITRD=F]` boots yours.
-GUESTS ?= yes
+# `make guests SUITE=all` runs every test there is for them; `make guests KERNEL=bzImage MODULES=lib/modules/RELEASE [INITRD=F]` boots yours.
+SUITE ?= short
 GUESTS_ARGS ?=
 FUZZ_SECONDS ?= 60
 
@@ -32,7 +32,7 @@ test: $(VENV)/.installed-dev      ## every test that needs no special hardware
 	$(BIN)/python -m pytest -m alone --junitxml=build/tests-alone.xml $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 guests: $(VENV)/.installed-dev    ## stock Debian kernels (or KERNEL=, MODULES=, INITRD=) boot as guests and work
-	$(BIN)/python -m tests.guests.run $(if $(KERNEL),--own-kernel $(KERNEL)) $(if $(MODULES),--own-modules $(MODULES)) \
+	$(BIN)/python -m tests.guests.run --suite $(SUITE) $(if $(KERNEL),--own-kernel $(KERNEL)) $(if $(MODULES),--own-modules $(MODULES)) \
 		$(if $(INITRD),--own-initrd $(INITRD)) $(GUESTS_ARGS)
 
 guests-machine:                   ## as root: what emulates a machine where KVM cannot run such guests (Debian)
