@@ -146,7 +146,7 @@ def _qemu(kernel: KernelImage, initrd: Path, console: Path, memory: int) -> list
         raise GuestsUnavailable(f"{QEMU} is missing and {kvm.missing()}: apt install qemu-system-x86")
     share = "security_model=none,multidevs=remap"
     return [
-        QEMU, "-accel", "tcg,thread=multi", "-machine", "q35", "-cpu", "max", "-smp", "2",
+        QEMU, "-accel", "tcg,thread=multi", "-machine", "q35", "-cpu", "max,la57=off", "-smp", "2",
         "-m", str(memory),
         "-kernel", str(kernel.vmlinuz), "-initrd", str(initrd),
         "-append", _CMDLINE,
