@@ -18,7 +18,7 @@ FUZZ_SECONDS ?= 60
 PACKAGES := hypervisor netvsc netvsp vswitch vswitch_confine vswitch_native vswitch_wire vswitchctl vswitchd vswitchlab
 RUST_SOURCES := $(shell find native -path native/target -prune -o -path native/fuzz -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 
-.PHONY: demo test guests guests-machine native wheel lint lint-python lint-rust test-rust fuzz proto proto-check proto-baseline clean
+.PHONY: demo test guests guests-machine hostile native wheel lint lint-python lint-rust test-rust fuzz proto proto-check proto-baseline clean
 
 # --- for everyone ---------------------------------------------------------------------------------------------
 
@@ -34,6 +34,9 @@ test: $(VENV)/.installed-dev      ## every test that needs no special hardware
 guests: $(VENV)/.installed-dev    ## stock Debian kernels (or KERNEL=, MODULES=, INITRD=) boot as guests and work
 	$(BIN)/python -m tests.guests.run --suite $(SUITE) $(if $(KERNEL),--own-kernel $(KERNEL)) $(if $(MODULES),--own-modules $(MODULES)) \
 		$(if $(INITRD),--own-initrd $(INITRD)) $(GUESTS_ARGS)
+
+hostile: $(VENV)/.installed-dev   ## a guest that does harm at random for 120 s, others watched (HOSTILE_ARGS="--seconds 30 --seed 7")
+	$(BIN)/python -m tests.guests.hostile $(HOSTILE_ARGS)
 
 guests-machine:                   ## as root: what emulates a machine where KVM cannot run such guests (Debian)
 	apt-get update -q && apt-get install -qy --no-install-recommends qemu-system-x86 debian-archive-keyring

@@ -6,7 +6,7 @@ set -eu
 cd "$(dirname "$0")"
 seconds=${1:-60}
 [ $# -gt 0 ] && shift
-[ $# -gt 0 ] || set -- ring channel_messages gpadl nvsp rndis door
+[ $# -gt 0 ] || set -- ring channel_messages gpadl nvsp rndis door vmm
 host=$(rustc -vV | sed -n 's/^host: //p')
 # --target keeps the flags away from build scripts.
 RUSTFLAGS="--cfg fuzzing -Ccodegen-units=1 -Cpasses=sancov-module \

@@ -30,6 +30,48 @@ def step(kind: int, detail: int, number: int) -> bytes:
     return struct.pack("<BBH", kind, detail, number)
 
 
+def vmm_seeds() -> None:
+    """Programs of the VMM's target: a message's life, ports, and heads of images."""
+
+    def act(kind: int, choice: int = 0, port: int = 0, value: int = 0) -> bytes:
+        return struct.pack("<BBHQ", kind, choice, port, value)
+
+    enabled = act(3, 1, 0, 0x3001) + act(3, 0, 0, 1)
+    life = enabled + act(4, 2) + act(5) + act(6) + act(7, 0, 0x320, 0) + act(6)
+    save("vmm", "message", b"\1" + life)
+    save(
+        "vmm",
+        "slot in use",
+        b"\1" + enabled + act(7, 0, 0x320, 1) + act(4, 2) + act(5) + act(7, 0, 0x320) + act(5),
+    )
+    save("vmm", "switched off", b"\1" + enabled + act(4, 2) + act(5) + act(4, 3) + act(3, 0) + act(5))
+    save("vmm", "pages outside", b"\1" + act(3, 1, 0, (1 << 64) - 1) + act(3, 0, 0, 1) + act(4, 15) + act(5))
+    save(
+        "vmm",
+        "serial",
+        b"\1" + act(0, 1, 0x3F8, 0x41) + act(0, 1, 0x3FC, 0x10) + act(2, 65, 99) + act(1, 1, 0x3F8),
+    )
+    save(
+        "vmm",
+        "power",
+        b"\1" + act(0, 1, 0x600, 0x34) + act(0, 1, 0xCF9, 6) + act(0, 1, 0x64, 0xFE) + act(1, 1, 0x71),
+    )
+    head = struct.pack(
+        "<16sHHIQQQIHHHHHH", b"\x7fELF\2\1\1", 2, 62, 1, 0x200000, 64, 0, 0, 64, 56, 1, 0, 0, 0
+    )
+    segment = struct.pack("<IIQQQQQQ", 1, 5, 120, 0x200000, 0x200000, 8, 4096, 4096)
+    save("vmm", "elf", b"\0" + head + segment + b"\xf4" * 8)
+    setup = bytearray(1024 + 512)
+    setup[0x1F1] = 1
+    struct.pack_into("<H4sH", setup, 0x1FE, 0xAA55, b"\xeb\x66Hd", 0x5372)
+    setup[0x202:0x206] = b"HdrS"
+    struct.pack_into("<H", setup, 0x206, 0x20F)
+    setup[0x211] = 1
+    struct.pack_into("<HH", setup, 0x234, 1, 1)
+    struct.pack_into("<IIQI", setup, 0x238, 2047, 0, 0x100000, 4096)
+    save("vmm", "bzimage", b"\0" + bytes(setup))
+
+
 def main() -> None:
     """Writes everything."""
     for name, _, data in golden.GOLDEN:
@@ -75,6 +117,7 @@ def main() -> None:
     save("ring", "wrap", (step(3, 1, 1500) + step(4, 0, 0) + step(5, 0, 0) + step(6, 0, 0)) * 4)
     save("ring", "fill and drain", step(3, 0, 1000) * 5 + step(4, 0, 0) + step(5, 0, 0) * 3 + step(6, 0, 0))
     save("ring", "lies", step(3, 0, 8) + step(4, 0, 0) + step(0, 0, 4096) + step(5, 0, 0))
+    vmm_seeds()
     header = struct.pack("<HHHHQ", 9, 5, 6, 1, 1) + struct.pack("<IIIIQ", 0, 1, 64, 0, 3) + bytes(16)
     save("ring", "foreign packet", step(2, len(header), 0) + header + step(0, 0, 56) + step(5, 0, 0))
 
