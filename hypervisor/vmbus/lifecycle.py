@@ -109,16 +109,20 @@ class ChannelLifecycle:
             # be gone, so that those asked for after it are offered anew.
             await self._server.revoke_sub_channels(channel)
         self._let_go(channel)
-        reopen, channel.reopen = channel.reopen, None
-        if reopen is not None and not channel.revoking and not self._server.resetting:
+        if channel.reopen is not None:
             # This task is the channel's current one: the next may start when it has ended.
-            self._loop.call_soon(self._reopen, channel, reopen)
+            self._loop.call_soon(self._reopen, channel)
 
-    def _reopen(self, channel: Channel, message: vmbus.OpenChannel) -> None:
+    def _reopen(self, channel: Channel) -> None:
+        # Whoever quiesced the channel since then took the message out; the device may be gone too.
+        message, channel.reopen = channel.reopen, None
         if (
-            channel.state is ChannelState.CLOSED
-            and not (channel.revoking or channel.revoked)
+            message is not None
+            and channel.device is not None
             and channel.offered
+            and channel.state is ChannelState.CLOSED
+            and channel.task is None
+            and not (channel.revoking or channel.revoked or self._server.resetting)
         ):
             self.start_open(channel, message)
 

@@ -233,8 +233,9 @@ impl Console {
         self.client = None;
     }
 
-    /// Types into the serial port as much as it takes. True when bytes are left.
+    /// Types into the serial port as much as it takes. True while bytes may be left, here or in the port.
     pub fn type_in(&mut self, ports: &Ports) -> bool {
+        let waiting = ports.remind() || !self.typed.is_empty();
         while !self.typed.is_empty() {
             let taken = ports.type_in(self.typed.make_contiguous());
             if taken == 0 {
@@ -242,7 +243,7 @@ impl Console {
             }
             self.typed.drain(..taken);
         }
-        false
+        waiting
     }
 }
 

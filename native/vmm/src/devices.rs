@@ -18,6 +18,11 @@ pub const SLEEP_CONTROL_PORT: u16 = 0x600;
 pub const SLEEP_STATUS_PORT: u16 = 0x601;
 pub const SLEEP_TYPE_OFF: u8 = 5;
 const SERIAL_LAST: u16 = SERIAL_PORT + 7;
+const INTERRUPT_ENABLE: u8 = 1;
+const LINE_CONTROL: u8 = 3;
+const DIVISOR_LATCH: u8 = 1 << 7;
+const LINE_STATUS: u8 = 5;
+const DATA_READY: u8 = 1;
 const KEYBOARD_COMMAND: u16 = 0x64;
 const KEYBOARD_RESET: u8 = 0xFE;
 const CMOS_INDEX: u16 = 0x70;
@@ -151,6 +156,22 @@ impl Ports {
         let now = bytes.get(..room).unwrap_or_default();
         parts.serial.enqueue_raw_bytes(now).unwrap_or(0)
     }
+
+    /// Whether bytes wait in the serial port for the guest. If so it is interrupted once more: a driver takes a bounded number
+    /// of bytes at a time (Linux 256) and counts on the line to stay up while there are more, but the model raises its
+    /// interrupt only when bytes come in. Enabling it anew has the model look again.
+    pub fn remind(&self) -> bool {
+        let serial = &mut self.parts().serial;
+        if serial.read(LINE_STATUS) & DATA_READY == 0 {
+            return false;
+        }
+        if serial.read(LINE_CONTROL) & DIVISOR_LATCH == 0 {
+            let enabled = serial.read(INTERRUPT_ENABLE);
+            // An interrupt that cannot be raised is tried again with the next look.
+            let _ = serial.write(INTERRUPT_ENABLE, enabled);
+        }
+        true
+    }
 }
 
 #[cfg(test)]
@@ -199,6 +220,30 @@ mod tests {
         ports.read(SERIAL_PORT, &mut byte);
         assert_eq!(byte, *b"x");
         assert_eq!(ports.type_in(b"y"), 1);
+    }
+
+    #[test]
+    fn what_a_driver_left_in_the_queue_interrupts_it_again() {
+        const INTERRUPT_IDENTIFICATION: u16 = SERIAL_PORT + 2;
+        let (ports, _) = ports();
+        ports.write(SERIAL_PORT + u16::from(INTERRUPT_ENABLE), &[DATA_READY]);
+        assert!(!ports.remind(), "nothing was typed");
+        assert_eq!(ports.type_in(b"abc"), 3);
+        assert_eq!(ports.serial_irq.read().ok(), Some(1));
+        let mut identification = [0];
+        ports.read(INTERRUPT_IDENTIFICATION, &mut identification);
+        assert_eq!(identification[0] & 0xF, 4);
+        // The driver has read as many as it takes at a time; the model's interrupt is gone.
+        ports.read(SERIAL_PORT, &mut [0; 2]);
+        ports.read(INTERRUPT_IDENTIFICATION, &mut identification);
+        assert_eq!(identification[0] & 0xF, 1);
+        assert!(ports.serial_irq.read().is_err());
+        assert!(ports.remind());
+        assert_eq!(ports.serial_irq.read().ok(), Some(1));
+        ports.read(INTERRUPT_IDENTIFICATION, &mut identification);
+        assert_eq!(identification[0] & 0xF, 4);
+        ports.read(SERIAL_PORT, &mut [0; 1]);
+        assert!(!ports.remind());
     }
 
     #[test]
