@@ -41,10 +41,11 @@ def test_kernel_and_modules_are_those_of_the_package(world: World, vm1: StockGue
     loaded = dict(re.findall(r"^(\w+)/srcversion:([0-9A-F]+)$", files, re.M))
     evidence = {}
     for name, entry in told["modules"].items():
-        # The file in the guest is the package's, and the module in its kernel is the one of that file.
+        # The file in the guest is the package's, and the module in its kernel is that file's, as far as
+        # modules carry a version of their source (Debian's carry none).
         assert seen[name] == entry["sha256"], name
-        assert loaded[name] == entry["srcversion"], name
-        evidence[name] = {**entry, "in the guest": seen[name], "loaded": loaded[name]}
+        assert loaded.get(name, "") == entry["srcversion"], name
+        evidence[name] = {**entry, "in the guest": seen[name], "loaded": loaded.get(name, "")}
     assert {"hv_vmbus", "hv_netvsc", "hv_utils"} <= set(evidence)
     partition = world.client.get_partition(VM1.name)
     assert partition.kvm.kernel == told["kernel"]["path"]
