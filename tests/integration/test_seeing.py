@@ -184,7 +184,7 @@ def test_trace_of_a_file_says_what_then_happens(default_pair: RunningDaemon, tmp
     traced = checked(pair.cli("trace", "s0/a", "--pcap", str(file)))
     assert "=> delivered to s0/b" in traced
     before = pair.client.get_port("s0/b").counters.out_packets
-    assert checked(pair.cli("inject", "s0/a", str(file))).startswith("1 frames")
+    assert checked(pair.cli("inject", "s0/a", str(file))).startswith("1 frame, ")
     eventually(lambda: pair.client.get_port("s0/b").counters.out_packets > before)
 
 
