@@ -58,6 +58,12 @@ class Channel:
         return self.class_id, self.instance_id, self.sub_channel_index
 
     @property
+    def leaving(self) -> bool:
+        """Not open, or not for long: nothing may begin that outlives it, such as a sub-channel."""
+        open_ = self.state in (ChannelState.OPENING, ChannelState.OPEN)
+        return not open_ or self.revoking is not None or self.revoked
+
+    @property
     def connection_id(self) -> int:
         """What the guest signals."""
         return CONNECTION_ID_BASE + self.relid

@@ -95,6 +95,10 @@ class ChannelLifecycle:
                 "partition %s: device of channel %d failed to open", self._server.name, channel.relid
             )
         if status != vmbus.STATUS_SUCCESS:
+            channel.state = ChannelState.CLOSING
+            if not channel.sub_channel_index:
+                await self._server.revoke_sub_channels(channel)
+            channel.reopen = None  # one OPENCHANNEL at a time: what came before the answer was misplaced
             self._let_go(channel)
         else:
             channel.state = ChannelState.OPEN

@@ -353,6 +353,11 @@ class VmbusServer:
         if channel.state is ChannelState.CLOSING:
             channel.reopen = message
         elif channel.state is ChannelState.CLOSED and not channel.revoking:
+            primary = self.primary_of(channel)
+            if channel.sub_channel_index and (primary is None or primary.leaving):
+                # Its RESCIND follows the primary's end; whoever waits for an answer is woken by it.
+                self.error(f"OPENCHANNEL: the primary of sub-channel {channel.relid} is not open")
+                return
             self._lifecycle.start_open(channel, message)
         else:
             raise WireError(f"OPENCHANNEL: channel {channel.relid} is {channel.state.value}")
@@ -404,8 +409,13 @@ class VmbusServer:
                 await self._revoke(channel)
 
     def offer_sub_channels(self, primary: Channel, count: int) -> None:
-        """`OpenedChannel.offer_sub_channels`. ValueError for more than the device has."""
+        """`OpenedChannel.offer_sub_channels`. ValueError for more than the device has.
+
+        Of a channel that is on its way out none are offered: the guest is told of its end instead.
+        """
         device = primary.device
+        if primary.leaving:
+            return
         if device is None or count > device.sub_channel_limit:
             raise ValueError(f"channel {primary.relid}: {count} sub-channels are more than the device has")
         for index in range(1, count + 1):

@@ -11,6 +11,7 @@ import pytest_asyncio
 from hypervisor_world import PAGE, EchoDevice, Guest, RawGuest, World, until
 
 from hypervisor import ChannelState, Offer
+from hypervisor.vmbus import ChannelRefused, OpenedChannel
 from netvsc.vmbus import ChannelRefusedError, ChannelRescinded, GuestChannel
 from vswitch_wire import packet, vmbus
 from vswitch_wire.gpadl import GpaRange, encode_gpadl
@@ -376,6 +377,42 @@ async def test_sub_channels_are_offered_again_although_the_old_ones_are_not_rele
     guest.vmbus.release(guest.offers[1].relid)
     await until(lambda: len(guest.partition.vmbus.channels) == 2)
     assert guest.partition.vmbus.protocol_errors == 0
+
+
+async def test_a_primary_that_is_taken_away_offers_and_opens_no_sub_channel(world: World) -> None:
+    device = EchoDevice()
+    guest, offer = await booted(world, device)
+    await guest.vmbus.open(guest.offers[0], ring_pages=2)
+    opened = device.channels[offer.relid]
+    opened.offer_sub_channels(2)
+    await until(lambda: len(guest.offers) == 3)
+    await guest.vmbus.open(guest.offers[1], ring_pages=2)
+    device.gate.clear()
+    opened.report_fault("it lied")
+    await until(lambda: guest.partition.vmbus.channels[1].state is ChannelState.CLOSING)
+    # Whoever still asks on behalf of the guest gets nothing; what the guest opens now waits for its RESCIND.
+    opened.offer_sub_channels(3)
+    assert [entry.sub_channel_index for entry in guest.partition.vmbus.channels] == [0, 1, 2]
+    opening = asyncio.ensure_future(guest.vmbus.open(guest.offers[2], ring_pages=2))
+    await until(lambda: "is not open" in guest.partition.vmbus.last_error)
+    device.gate.set()
+    with pytest.raises(ChannelRescinded):
+        await opening
+    await until(lambda: len(guest.rescinds) == 3)
+    assert device.events == ["open 0", "open 1", "close 1", "close 0"]
+
+
+async def test_a_primary_that_fails_to_open_takes_its_sub_channels_along(world: World) -> None:
+    class Failing(EchoDevice):
+        async def open(self, channel: OpenedChannel) -> None:
+            channel.offer_sub_channels(1)
+            raise ChannelRefused("not today")
+
+    guest, _ = await booted(world, Failing())
+    with pytest.raises(ConnectionError):
+        await guest.vmbus.open(guest.offers[0], ring_pages=2)
+    await until(lambda: [entry.sub_channel_index for entry in guest.rescinds] == [1])
+    await until(lambda: len(guest.partition.vmbus.channels) == 1)
 
 
 async def test_a_device_may_have_one_doorbell_for_all_its_channels(world: World) -> None:
