@@ -9,7 +9,7 @@ what its version does not have, loses the channel.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
@@ -74,7 +74,6 @@ class Handshake:
     sub_channels: int = 0
     receive_buffer_id: int | None = None
     send_buffer_id: int | None = None
-    refused_versions: list[int] = field(default_factory=list)
 
     @property
     def ready(self) -> bool:
@@ -145,7 +144,6 @@ class Handshake:
             raise ProtocolError("INIT after a version was agreed")
         version = message.min_version
         if version not in SUPPORTED_VERSIONS:
-            self.refused_versions.append(version)
             # Anything but success refuses; the guest then tries its next version.
             return nvsp.InitComplete(nvsp.INIT_COMPLETE_VERSION, 0, nvsp.NVSP_STAT_NONE).pack(32)
         self.version = version
