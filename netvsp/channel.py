@@ -18,11 +18,11 @@ guest that breaks a ring or the protocol loses this channel, with all its queues
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from netvsp import limits, receive_path, rndis_data
@@ -90,18 +90,17 @@ class Channel:
         downstream_page_offset: int,
         doorbell_fd: int,
         interrupt: Interrupt,
-        clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         """Maps the primary channel's rings. Raises ValueError or MemoryAccessError if they are not inside
         the guest's memory. ``doorbell_fd`` is signalled for all queues."""
         self._memory = memory
-        primary = Queue(0, memory, ring_pfns, downstream_page_offset, interrupt, self._taped)
+        self._tape = Tape()
+        primary = Queue(0, memory, ring_pfns, downstream_page_offset, interrupt, self._tape)
         self._queues: dict[int, Queue] = {0: primary}
         self._primary = primary
         self._per_queue: dict[int, Counter[str]] = {0: primary.counters}
         self._turn = 0
         self._rss: Rss | None = None
-        self._clock_ns = clock_ns
         self.wake_fd = doorbell_fd
         self.control_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._control: deque[ControlPacket] = deque()
@@ -117,7 +116,6 @@ class Channel:
         self._counters: Counter[str] = Counter()
         self._drops: Counter[DropReason] = Counter()
         self._untold_drops: Counter[DropReason] = Counter()
-        self._tape: Tape | None = None
 
     # Control plane: what the NIC calls.
 
@@ -142,7 +140,7 @@ class Channel:
 
     def send_completion(self, transaction_id: int, payload: bytes) -> None:
         """Completes a guest's in-band packet."""
-        self._primary.completions.append((transaction_id, payload))
+        self._primary.complete(transaction_id, payload)
         self.flush()
 
     def send_rndis(self, message: bytes) -> None:
@@ -170,12 +168,12 @@ class Channel:
         self._backlog = deque(item for item in self._backlog if not item[0])
         self._backlog_bytes = sum(len(item[1]) for item in self._backlog)
         self._receive = None
-        self._queue_control(ControlPacket("revoked", 0, False, b"receive"))
+        self._hand_up(ControlPacket("revoked", 0, False, b"receive"))
 
     def revoke_send_buffer(self) -> None:
         """The guest takes its send buffer back."""
         self._send = None
-        self._queue_control(ControlPacket("revoked", 0, False, b"send"))
+        self._hand_up(ControlPacket("revoked", 0, False, b"send"))
 
     def set_data(self, enabled: bool) -> None:
         """Opens or shuts the data path (RNDIS initialised or halted)."""
@@ -212,7 +210,7 @@ class Channel:
         """Takes the rings of sub-channel ``index`` into use. Raises ValueError or MemoryAccessError."""
         if not 0 < index < limits.MAX_QUEUES or index in self._queues:
             raise ValueError(f"queue {index} is open already or out of range")
-        queue = Queue(index, self._memory, ring_pfns, downstream_page_offset, interrupt, self._taped)
+        queue = Queue(index, self._memory, ring_pfns, downstream_page_offset, interrupt, self._tape)
         queue.counters = self._per_queue.setdefault(index, queue.counters)
         self._queues[index] = queue
 
@@ -221,10 +219,12 @@ class Channel:
         the guest has not completed there counts as lost: it gets no completion."""
         self.flush()
         if index and index in self._queues:
-            del self._queues[index]
+            queue = self._queues.pop(index)
             if self._receive is not None:
+                for sub_allocation, _ in itertools.chain.from_iterable(queue.groups):
+                    self._receive.put_back(sub_allocation)
                 self._receive.reclaim(index)
-        self._queue_control(ControlPacket("closed", index, False, b""))
+        self._hand_up(ControlPacket("closed", index, False, b""))
 
     def stats(self) -> dict[str, int]:
         """Counters since the channel was opened, over all queues."""
@@ -240,12 +240,12 @@ class Channel:
 
     def tap(self, on: bool) -> None:
         """Starts or stops keeping a copy of every ring packet."""
-        self._tape = Tape() if on else None
+        self._tape.run(on)
 
     def take_tapped(self) -> list[tuple[int, str, bytes]]:
         """(nanoseconds since the epoch, ``in`` from the guest or ``out`` to it, packet bytes) since
         the last call."""
-        return [] if self._tape is None else self._tape.take()
+        return self._tape.take()
 
     def close(self) -> None:
         """Lets go of the rings and buffers; the port must be detached before."""
@@ -319,10 +319,12 @@ class Channel:
             return
         try:
             for queue in list(self._queues.values()):
-                queue.write_completions()
-                queue.write_groups(self._receive, DATA_107)
-                if queue is self._primary:
-                    self._write_backlog()
+                # A completion without room has said how much it needs: a smaller packet would go through
+                # and clear that.
+                if queue.write_completions():
+                    queue.write_groups(self._receive, DATA_107)
+                    if queue is self._primary:
+                        self._write_backlog()
                 queue.commit()
         except WireError as error:
             self._lose(str(error))
@@ -343,10 +345,6 @@ class Channel:
     def _alive(self) -> bool:
         return not self._closed and self._fault is None
 
-    def _taped(self, encoded: bytes) -> None:
-        if self._tape is not None:
-            self._tape.push(self._clock_ns(), "out", encoded)
-
     def _forget_groups(self) -> None:
         for queue in self._queues.values():
             queue.groups.clear()
@@ -360,8 +358,7 @@ class Channel:
     def _take_packet(self, queue: Queue, raw: bytes) -> None:
         if not self._alive():
             return
-        if self._tape is not None:
-            self._tape.push(self._clock_ns(), "in", raw)
+        self._tape.record("in", raw)
         kind, flags, transaction_id = struct.unpack_from("<H4xHQ", raw)
         requested = bool(flags & packet.VMBUS_DATA_PACKET_FLAG_COMPLETION_REQUESTED)
         if kind not in (packet.VM_PKT_DATA_INBAND, packet.VM_PKT_DATA_USING_GPA_DIRECT, packet.VM_PKT_COMP):
@@ -490,6 +487,10 @@ class Channel:
                 f"more than {limits.MAX_CONTROL_QUEUED} control messages without waiting for an answer"
             )
             return
+        self._hand_up(item)
+
+    def _hand_up(self, item: ControlPacket) -> None:
+        """Without the bound on what a guest sends: somebody waits for the data path's own notices."""
         self._control.append(item)
         signal_fd(self.control_fd)
 
@@ -505,7 +506,7 @@ class Channel:
 
     def _complete(self, queue: Queue, transaction_id: int, status: int) -> None:
         message = struct.pack("<2I", nvsp.NVSP_MSG1_TYPE_SEND_RNDIS_PKT_COMPLETE, status)
-        queue.completions.append((transaction_id, message.ljust(PADDED_MESSAGE, b"\0")))
+        queue.complete(transaction_id, message.ljust(PADDED_MESSAGE, b"\0"))
 
     # To the guest.
 

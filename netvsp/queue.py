@@ -7,20 +7,19 @@ others are sub-channels. A queue is used by the `Channel` that owns it and by no
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from netvsp import limits, receive_path
 from netvsp.receive_buffer import ReceiveBuffer
+from netvsp.tape import Tape
 from vswitch_wire import packet
 from vswitch_wire.errors import WireError
 from vswitch_wire.memory import GuestMemory, Interrupt
-from vswitch_wire.ring import RingReader, RingWriter
+from vswitch_wire.ring import TRAILER_SIZE, RingReader, RingWriter
 
 PAGE = 4096
 PADDED_MESSAGE = 32
 """Bytes of an NVSP message in the ring: the fixed 28 of versions 1 to 6, padded."""
-COMPLETION_BYTES = 16 + PADDED_MESSAGE + 8
-Tape = Callable[[bytes], None]
 
 
 class RingShrank(WireError):
@@ -37,9 +36,9 @@ class Queue:
         ring_pfns: Sequence[int],
         downstream_page_offset: int,
         interrupt: Interrupt,
-        told: Callable[[bytes], None],
+        tape: Tape,
     ) -> None:
-        """Maps the rings; ``told`` gets a copy of each packet written.
+        """Maps the rings; ``tape`` records each packet written.
 
         Raises ValueError or MemoryAccessError if they are not inside the guest's memory.
         """
@@ -56,10 +55,18 @@ class Queue:
         self.interrupt = interrupt
         self.counters: Counter[str] = Counter()
         self.masked = False
-        self.completions: deque[tuple[int, bytes]] = deque()
+        self.completions: deque[bytes] = deque()
+        """Encoded."""
+        self._completion_bytes = 0
         self.groups: list[list[tuple[int, int]]] = []
         """(sub-allocation, length) of each range, by packet."""
-        self._told = told
+        self._tape = tape
+
+    def complete(self, transaction_id: int, payload: bytes) -> None:
+        """Owes the guest the completion of its packet."""
+        encoded = packet.encode_completion(transaction_id, payload)
+        self.completions.append(encoded)
+        self._completion_bytes += len(encoded) + TRAILER_SIZE
 
     @property
     def stalled(self) -> bool:
@@ -94,23 +101,23 @@ class Queue:
         anew. Raises WireError."""
         ranges = sum(map(len, self.groups)) + len(run.messages)
         packets = len(self.groups) + 1 + len(run.messages) // limits.MAX_RANGES_PER_PACKET
-        needed = packets * (24 + PADDED_MESSAGE + 8) + 8 * ranges + COMPLETION_BYTES * len(self.completions)
+        needed = packets * (24 + PADDED_MESSAGE + TRAILER_SIZE) + 8 * ranges + self._completion_bytes
         return self.writer.free > needed
 
     def write(self, encoded: bytes) -> bool:
         """Puts a packet into the ring; False = no room now. Raises WireError."""
         if not self.writer.write(encoded):
             return False
-        self._told(encoded)
+        self._tape.record("out", encoded)
         return True
 
-    def write_completions(self) -> None:
-        """Writes what waits, as far as there is room. Raises WireError."""
+    def write_completions(self) -> bool:
+        """Writes what waits, as far as there is room; whether that was all. Raises WireError."""
         while self.completions:
-            transaction_id, payload = self.completions[0]
-            if not self.write(packet.encode_completion(transaction_id, payload)):
-                return
-            self.completions.popleft()
+            if not self.write(self.completions[0]):
+                return False
+            self._completion_bytes -= len(self.completions.popleft()) + TRAILER_SIZE
+        return True
 
     def write_groups(self, receive: ReceiveBuffer | None, message: bytes) -> None:
         """Sends the received frames that were placed. Raises WireError."""

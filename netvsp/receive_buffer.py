@@ -66,5 +66,5 @@ class ReceiveBuffer:
 
     def reclaim(self, queue: int) -> None:
         """The queue is closed: what went out by it comes back by itself."""
-        for transaction_id in [number for number, held in self._held.items() if held[0] == queue]:
+        for transaction_id in sorted(number for number, held in self._held.items() if held[0] == queue):
             self.completed(transaction_id, queue)

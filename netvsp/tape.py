@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 
 from netvsp import limits
@@ -11,8 +12,19 @@ class Tape:
     """(nanoseconds since the epoch, ``in`` from the guest or ``out`` to it, packet) in order."""
 
     def __init__(self) -> None:
+        self.running = False
         self._packets: deque[tuple[int, str, bytes]] = deque()
         self._bytes = 0
+
+    def run(self, on: bool) -> None:
+        """Starts or stops; what was kept is forgotten."""
+        self.running = on
+        self.take()
+
+    def record(self, direction: str, packet: bytes) -> None:
+        """Keeps a packet that passes now, while it runs."""
+        if self.running:
+            self.push(time.time_ns(), direction, packet)
 
     def push(self, timestamp_ns: int, direction: str, packet: bytes) -> None:
         """Keeps a packet; the oldest go when there are too many, or too long ones."""

@@ -135,7 +135,7 @@ impl ChannelEndpoint {
     /// Completes a packet of the queue being served.
     fn answer(&mut self, transaction_id: u64, answer: Answer) {
         if let Some(queue) = self.queues.get_mut(self.current) {
-            queue.completions.push_back((transaction_id, answer));
+            queue.complete(transaction_id, answer);
         }
     }
 
@@ -152,8 +152,11 @@ impl ChannelEndpoint {
 
     /// Lets go of the rings of a sub-channel. What the guest has not completed there comes back by itself.
     fn close_queue(&mut self, index: usize) {
-        let place = self.places.get_mut(index).and_then(Option::take);
-        if let Some(place) = place.filter(|_| index != 0) {
+        let place = match index {
+            0 => None,
+            _ => self.places.get_mut(index).and_then(Option::take),
+        };
+        if let Some(place) = place {
             let queue = self.queues.remove(usize::from(place));
             for later in self.places.iter_mut().flatten() {
                 *later -= u8::from(*later > place);
@@ -192,8 +195,7 @@ impl ChannelEndpoint {
                 payload,
             } => {
                 if let Some(primary) = self.queues.first_mut() {
-                    let answer = Answer::Payload(payload);
-                    primary.completions.push_back((transaction_id, answer));
+                    primary.complete(transaction_id, Answer::Payload(payload));
                 }
             }
             Command::Rndis(message) => self.wait(Waiting::Rndis(message)),

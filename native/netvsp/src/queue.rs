@@ -21,7 +21,6 @@ use crate::shared::Shared;
 
 /// Bytes of an NVSP message in the ring: the fixed 28 of versions 1 to 6, padded.
 const PADDED: usize = 32;
-const COMPLETION_BYTES: usize = 16 + PADDED + 8;
 pub(crate) const DATA_107: [u8; PADDED] = message_107(0);
 pub(crate) const CONTROL_107: [u8; PADDED] = message_107(1);
 
@@ -48,6 +47,17 @@ fn message_108(status: u32) -> [u8; PADDED] {
 pub(crate) enum Answer {
     Status(u32),
     Payload(Vec<u8>),
+}
+
+impl Answer {
+    /// What its packet takes of the ring: descriptor, padded payload, trailer.
+    fn ring_bytes(&self) -> usize {
+        let payload = match self {
+            Answer::Status(_) => PADDED,
+            Answer::Payload(payload) => payload.len().next_multiple_of(8),
+        };
+        16 + payload + 8
+    }
 }
 
 /// Receive-buffer ranges written but not yet sent, in packets.
@@ -129,7 +139,9 @@ pub(crate) struct Queue {
     writer: RingWriter,
     interrupt: Arc<Interrupt>,
     masked: bool,
-    pub(crate) completions: VecDeque<(u64, Answer)>,
+    completions: VecDeque<(u64, Answer)>,
+    /// What they take of the ring.
+    completion_bytes: usize,
     pub(crate) outgoing: Outgoing,
     encoded: Vec<u8>,
 }
@@ -143,9 +155,16 @@ impl Queue {
             interrupt: rings.interrupt,
             masked: false,
             completions: VecDeque::new(),
+            completion_bytes: 0,
             outgoing: Outgoing::default(),
             encoded: Vec::new(),
         }
+    }
+
+    /// Owes the guest the completion of its packet `id`.
+    pub(crate) fn complete(&mut self, id: u64, answer: Answer) {
+        self.completion_bytes += answer.ring_bytes();
+        self.completions.push_back((id, answer));
     }
 
     /// Too many completions wait: the guest's packets stay unread.
@@ -172,8 +191,7 @@ impl Queue {
     pub(crate) fn room_for(&mut self, count: usize) -> Result<bool, RingError> {
         let ranges = self.outgoing.ranges.len() + count;
         let packets = self.outgoing.ends.len() + 1 + count / MAX_RANGES_PER_PACKET;
-        let needed =
-            packets * (24 + PADDED + 8) + 8 * ranges + COMPLETION_BYTES * self.completions.len();
+        let needed = packets * (24 + PADDED + 8) + 8 * ranges + self.completion_bytes;
         Ok(self.writer.free()? as usize > needed)
     }
 
@@ -191,7 +209,8 @@ impl Queue {
         Ok(written)
     }
 
-    pub(crate) fn write_completions(&mut self, shared: &Shared) -> Result<(), RingError> {
+    /// Writes the completions that wait, as far as there is room; whether that was all of them.
+    pub(crate) fn write_completions(&mut self, shared: &Shared) -> Result<bool, RingError> {
         while let Some((id, answer)) = self.completions.pop_front() {
             let written = match &answer {
                 Answer::Status(status) => {
@@ -204,10 +223,11 @@ impl Queue {
             };
             if !written {
                 self.completions.push_front((id, answer));
-                break;
+                return Ok(false);
             }
+            self.completion_bytes -= answer.ring_bytes();
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Sends the received frames that were placed.

@@ -93,11 +93,14 @@ impl ReceiveBuffer {
             return false;
         }
         *holder = NOBODY;
+        let before = self.free.len();
         let mut index = transaction_id as u32;
         while index != END {
             self.free.push(index);
             index = std::mem::replace(&mut self.next[index as usize], END);
         }
+        // The first of them is the next to be taken, as before.
+        self.free[before..].reverse();
         true
     }
 

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import struct
 
 import pytest
-from scripted_guest import MAC, PEER, RECEIVE_GPADL, SECTION, SEND_PAGE, ScriptedGuest, ethernet, rndis_packet
+from scripted_guest import (
+    MAC,
+    PAGE,
+    PEER,
+    RECEIVE_GPADL,
+    RING_PAGES,
+    SECTION,
+    SEND_PAGE,
+    ScriptedGuest,
+    ethernet,
+    rndis_packet,
+)
 
 from vswitch.drops import DropReason
 from vswitch.endpoint import Frame
 from vswitch_wire import nvsp, packet, rndis
 
 TOWARDS = ethernet(dst=MAC, src=PEER)
+ONE_RANGE = 72
+"""Bytes in the ring of a receive packet of one frame, with its trailer; each further frame takes 8."""
 
 
 def padded(message: bytes, size: int) -> bytes:
@@ -249,6 +263,92 @@ async def test_a_full_ring_towards_the_guest_drops_frames_and_keeps_completions(
     assert not guest.faults
 
 
+def room(guest: ScriptedGuest) -> int:
+    """Bytes free in the ring towards the guest."""
+    size = (RING_PAGES - 1) * PAGE
+    write, read = (guest.memory.load_u32((1 + RING_PAGES) * PAGE + at) for at in (0, 4))
+    return size - (write - read) % size
+
+
+def leave_room(guest: ScriptedGuest, wanted: int) -> None:
+    """Fills the ring towards the guest until just `wanted` bytes are free."""
+    while room(guest) - wanted >= 2 * ONE_RANGE:
+        assert guest.deliver(Frame(TOWARDS)) == [None]
+    more = (room(guest) - wanted - ONE_RANGE) // 8
+    assert guest.deliver(*[Frame(TOWARDS)] * (1 + more)) == [None] * (1 + more)
+    assert room(guest) == wanted
+
+
+async def ask_the_name(guest: ScriptedGuest) -> int:
+    """The guest asks for the longest answer there is, and the host hands it to the data path."""
+    sent = guest.inband(nvsp.OidQueryEx(0x96, 1, 12, 0x00020216).pack(40))
+    guest.port.endpoint.receive(64)
+    await asyncio.sleep(0.005)
+    return sent
+
+
+async def test_a_long_answer_takes_no_room_that_frames_were_promised(guest: ScriptedGuest) -> None:
+    await guest.up()
+    sent = await ask_the_name(guest)
+    await guest.pump()
+    (answer,) = [entry for entry in guest.take() if entry.transaction_id == sent]
+    length = len(packet.encode_completion(sent, answer.payload)) + 8
+    assert length > 500
+    leave_room(guest, length + 48)
+    await ask_the_name(guest)
+    assert guest.deliver(Frame(TOWARDS)) == [DropReason.RESOURCES]
+    assert not guest.faults
+    assert room(guest) == 48
+    guest.read()
+    await guest.pump()
+    assert guest.deliver(Frame(TOWARDS)) == [None]
+    assert not guest.faults
+
+
+async def test_nothing_goes_past_an_answer_that_waits_for_room(guest: ScriptedGuest) -> None:
+    await guest.up()
+    leave_room(guest, 200)
+    sent = await ask_the_name(guest)
+    guest.port.endpoint.flush()
+    await guest.nic.set_link(False)
+    await guest.nic.set_link(True)
+    assert guest.deliver(Frame(TOWARDS)) == [DropReason.RESOURCES]
+    assert room(guest) == 200
+    wanted = guest.memory.load_u32((1 + RING_PAGES) * PAGE + 12)
+    before = len(guest.read().inbox)
+    await guest.pump()
+    answer, *told = guest.take()[before:]
+    assert answer.transaction_id == sent
+    assert wanted == len(packet.encode_completion(sent, answer.payload)) + 8
+    assert len(told) == 2
+    assert not guest.faults
+
+
+async def test_sub_allocations_that_came_back_are_filled_in_the_same_order(guest: ScriptedGuest) -> None:
+    await guest.up()
+    orders = []
+    for _ in range(3):
+        assert guest.deliver(*[Frame(TOWARDS)] * 4) == [None] * 4
+        (entry,) = guest.read().take()
+        orders.append([piece.byte_offset for piece in entry.transfer_ranges])
+        guest.give_back(entry.transaction_id)
+        await guest.pump()
+    assert orders[0] == sorted(orders[0])
+    assert orders[1:] == orders[:1] * 2
+
+
+async def test_messages_with_long_headers_are_taken_one_by_one(guest: ScriptedGuest) -> None:
+    await guest.up()
+    # Info that nobody acts upon, longer than what is copied of a message at first.
+    record = rndis.PerPacketInfo(0x7FFFFFFF, bytes(400))
+    frames = [ethernet(bytes([number]) * (60 + 8 * number)) for number in range(8)]
+    whole = b"".join(padded(rndis_packet(frame, record), 600) for frame in frames)
+    sent = guest.send_rndis(whole)
+    await guest.pump()
+    assert guest.completion_status(sent) == 1
+    assert [bytes(frame.data) for frame in guest.frames] == frames
+
+
 @pytest.mark.parametrize(
     ("bits", "destination", "taken"),
     [
@@ -358,6 +458,13 @@ async def test_a_flood_of_control_messages_is_refused_and_answered_in_order(gues
     guest.reader.commit()
     statuses = [guest.completion_status(first + number) for number in range(300)]
     assert statuses == [1] * 256 + [2] * 44
+    # However much the guest has sent: it waits for its buffer.
+    session = guest.nic._session
+    assert session is not None
+    session.data.revoke_send_buffer()
+    endpoint.receive(64)
+    *messages, notice = session.data.take_control()
+    assert (len(messages), notice[0], notice[3]) == (256, "revoked", b"send")
     assert not guest.faults
 
 

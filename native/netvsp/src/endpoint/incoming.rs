@@ -288,22 +288,24 @@ impl ChannelEndpoint {
         let have = prefix.len().min(header.message_length);
         let Some(records) = prefix.get(header.ppi_start..header.ppi_start + header.ppi_length)
         else {
-            return self.take_whole(source, offset, batch);
+            return self.take_whole(source, offset, header.message_length, batch);
         };
         let info = rndis_data::parse_info(records)?;
         let end = (header.data_start + header.data_length).min(have);
         let length = header.data_length;
         let Some(head) = prefix.get_mut(header.data_start..end) else {
-            return self.take_whole(source, offset, batch);
+            return self.take_whole(source, offset, header.message_length, batch);
         };
         let whole = head.len() == length;
         if !whole && head.len() < HEAD_BYTES {
-            return self.take_whole(source, offset, batch);
+            return self.take_whole(source, offset, header.message_length, batch);
         }
         let (meta, fill) = match rndis_data::apply(head, length, &info) {
             Ok(applied) => applied,
             // Headers longer than the head: judged on a copy of the whole.
-            Err(Malformed) if !whole => return self.take_whole(source, offset, batch),
+            Err(Malformed) if !whole => {
+                return self.take_whole(source, offset, header.message_length, batch)
+            }
             Err(Malformed) => return Err(Malformed),
         };
         if let Some(transport) = fill {
@@ -317,7 +319,7 @@ impl ChannelEndpoint {
         let tail = offset + header.data_start + head.len();
         if !whole && !source.each(tail, length - head.len(), |piece| frame.tail(piece)) {
             drop(frame);
-            return self.take_whole(source, offset, batch);
+            return self.take_whole(source, offset, header.message_length, batch);
         }
         if frame.finish(meta) {
             Ok((header.message_length, length))
@@ -326,15 +328,17 @@ impl ChannelEndpoint {
         }
     }
 
-    /// As `take_frame`, from a private copy of the whole message: everything is judged anew, on that copy.
+    /// As `take_frame`, from a private copy of the `length` bytes that the message said it has: everything is judged anew,
+    /// on that copy. Not of all that follows: a few small messages would have it copied over and over.
     fn take_whole(
         &mut self,
         source: &Source,
         offset: usize,
+        length: usize,
         batch: &mut Batch,
     ) -> Result<(usize, usize), Malformed> {
         let mut message = std::mem::take(&mut self.message);
-        message.resize(source.len() - offset, 0);
+        message.resize(length, 0);
         let taken = if source.copy(offset, &mut message) {
             push_whole(&mut message, batch)
         } else {

@@ -8,10 +8,12 @@ impl ChannelEndpoint {
             let Some(queue) = self.queues.get_mut(at) else {
                 break;
             };
-            queue.write_completions(&self.shared)?;
-            queue.write_outgoing(self.receive.as_mut(), &self.shared)?;
-            if queue.index == 0 {
-                self.write_waiting()?;
+            // A completion without room has said how much it needs: a smaller packet would go through and clear that.
+            if queue.write_completions(&self.shared)? {
+                queue.write_outgoing(self.receive.as_mut(), &self.shared)?;
+                if queue.index == 0 {
+                    self.write_waiting()?;
+                }
             }
             if let Some(queue) = self.queues.get_mut(at) {
                 queue.commit(&self.shared)?;
