@@ -131,9 +131,7 @@ class SyntheticNic:
             data.tap(self._tap)
             await self._port.attach(data.endpoint())
         except BaseException:
-            session.stop()
-            data.close()
-            self._session = None
+            self._end(session)
             raise
 
     async def close(self, channel: OpenedChannel) -> None:
@@ -148,10 +146,16 @@ class SyntheticNic:
         if session.opened is not channel:
             return
         session.stop()
-        await self._port.detach()
+        try:
+            await self._port.detach()
+        finally:
+            # A port that fails to let go must not keep the NIC from ever being opened again.
+            self._end(session)
+
+    def _end(self, session: Session) -> None:
+        self._session = None
         session.ended()
         session.data.close()
-        self._session = None
 
     @property
     def link(self) -> bool:

@@ -89,9 +89,13 @@ class Session:
 
     def ended(self) -> None:
         """The port let go of the endpoint: no ring is touched any more."""
+        self.stop()
         for done in self._closing.values():
             if not done.done():
                 done.set_result(None)
+        # They call back into this session: such a circle would keep guest memory mapped and eventfds open
+        # until the garbage collector comes by.
+        del self.adapter, self.control, self.handshake
 
     # Sub-channels.
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex};
 
-use vswitch_memory::{GuestMemory, Interrupt};
+use vswitch_memory::{BufferView, GuestMemory, Interrupt};
 use vswitch_ring::{RingReader, RingWriter};
 
 use crate::endpoint::ChannelEndpoint;
@@ -66,7 +66,8 @@ fn map_rings(
 
 /// The control plane's handle of a channel; see the crate's head for its life.
 pub struct Channel {
-    memory: Arc<GuestMemory>,
+    /// None = closed.
+    memory: Mutex<Option<Arc<GuestMemory>>>,
     shared: Arc<Shared>,
     endpoint: Mutex<Option<ChannelEndpoint>>,
     /// Sub-channels that are open.
@@ -87,7 +88,7 @@ impl Channel {
         let shared = Arc::new(Shared::new(doorbell).map_err(error)?);
         let endpoint = ChannelEndpoint::new(Arc::clone(&memory), rings, Arc::clone(&shared));
         Ok(Channel {
-            memory,
+            memory: Mutex::new(Some(memory)),
             shared,
             endpoint: Mutex::new(Some(endpoint)),
             open: Mutex::default(),
@@ -97,6 +98,17 @@ impl Channel {
     /// The worker's half; None when it was taken before.
     pub fn endpoint(&self) -> Option<ChannelEndpoint> {
         lock(&self.endpoint).take()
+    }
+
+    fn memory(&self) -> Result<Arc<GuestMemory>, ChannelError> {
+        let memory = lock(&self.memory).clone();
+        memory.ok_or_else(|| error("the channel is closed"))
+    }
+
+    fn view(&self, pages: Pages<'_>) -> Result<BufferView, ChannelError> {
+        let memory = self.memory()?;
+        let view = memory.view(pages.pfns, pages.byte_offset, pages.byte_count);
+        view.map_err(error)
     }
 
     /// What the worker hands up.
@@ -137,10 +149,7 @@ impl Channel {
                 pages.byte_count
             )));
         }
-        let view = self
-            .memory
-            .view(pages.pfns, pages.byte_offset, pages.byte_count)
-            .map_err(error)?;
+        let view = self.view(pages)?;
         self.shared.command(Command::ReceiveBuffer {
             view,
             id,
@@ -155,10 +164,7 @@ impl Channel {
         pages: Pages<'_>,
         section_size: usize,
     ) -> Result<(), ChannelError> {
-        let view = self
-            .memory
-            .view(pages.pfns, pages.byte_offset, pages.byte_count)
-            .map_err(error)?;
+        let view = self.view(pages)?;
         self.shared
             .command(Command::SendBuffer { view, section_size });
         Ok(())
@@ -211,7 +217,10 @@ impl Channel {
                 "queue {index} is open already or out of range"
             )));
         }
-        match map_rings(&self.memory, index, ring_pfns, downstream, interrupt) {
+        let rings = self
+            .memory()
+            .and_then(|memory| map_rings(&memory, index, ring_pfns, downstream, interrupt));
+        match rings {
             Ok(rings) => {
                 self.shared.note_queue(index);
                 self.shared.command(Command::OpenQueue(Box::new(rings)));
@@ -230,8 +239,9 @@ impl Channel {
         self.shared.command(Command::CloseQueue(index));
     }
 
-    /// Lets go of an endpoint that was never attached.
+    /// Lets go of the guest's memory and of an endpoint that was never attached; one that was lets go when it is dropped.
     pub fn close(&self) {
+        lock(&self.memory).take();
         drop(self.endpoint());
     }
 }
