@@ -48,6 +48,11 @@ class Settings:
     mtu: int = limits.MTU_DEFAULT
     offload: int = 0
 
+    def largest(self, data: bytes | bytearray) -> int:
+        """The largest frame with such an Ethernet header: a tag does not count."""
+        tagged = int.from_bytes(data[12:14], "big") in checksum.ETHERTYPE_VLAN
+        return self.mtu + (4 if tagged else 0)
+
 
 @dataclass(slots=True)
 class Run:
@@ -68,8 +73,7 @@ def refusal(frame: Frame, settings: Settings) -> DropReason | None:
         return DropReason.INVALID_PACKET
     if not passes_filter(bytes(data[:6]), settings):
         return DropReason.FAILED_PACKET_FILTER
-    tagged = int.from_bytes(data[12:14], "big") in checksum.ETHERTYPE_VLAN
-    if not frame.offload.mss and len(data) > settings.mtu + (4 if tagged else 0):
+    if not frame.offload.mss and len(data) > settings.largest(data):
         return DropReason.MTU_MISMATCH
     return None
 
@@ -142,7 +146,7 @@ def _large(
         return DropReason.INVALID_PACKET
     if len(segments) > limits.MAX_SEGMENTS:
         return DropReason.INVALID_PACKET
-    if len(segments[0]) > settings.mtu + 4:
+    if len(segments[0]) > settings.largest(frame.data):
         return DropReason.MTU_MISMATCH
     takes = settings.offload & (RSC_IPV4 if transport.ip_version == 4 else RSC_IPV6)
     if takes and 1 < len(segments) <= limits.MAX_RSC_RANGES:

@@ -69,11 +69,18 @@ impl Settings {
         if !self.passes_filter(header) {
             return Some(DropReason::FailedPacketFilter);
         }
-        let tagged = is_tag(u16::from_be_bytes([header[12], header[13]]));
-        if frame.meta.offload.mss == 0 && frame.len() > self.mtu + if tagged { 4 } else { 0 } {
+        if frame.meta.offload.mss == 0 && frame.len() > self.largest(header) {
             return Some(DropReason::MtuMismatch);
         }
         None
+    }
+
+    /// The largest frame with such an Ethernet header: a tag does not count.
+    pub(crate) fn largest(&self, header: &[u8]) -> usize {
+        match header.get(12..ETHERNET_HEADER) {
+            Some(kind) if is_tag(u16::from_be_bytes([kind[0], kind[1]])) => self.mtu + 4,
+            _ => self.mtu,
+        }
     }
 
     /// "Multicast" takes every group, as a NIC that announces no multicast list does.

@@ -458,3 +458,13 @@ async def test_segments_above_the_guests_mtu_are_dropped_as_such(guest: Scripted
     await guest.up()
     data = ip_frame(bytes(9000), lso=True)
     assert guest.deliver(Frame(data, Offload(Checksum.PARTIAL, mss=8000))) == [DropReason.MTU_MISMATCH]
+
+
+@pytest.mark.parametrize("tagged", [False, True])
+async def test_a_tag_does_not_count_as_a_segments_length(guest: ScriptedGuest, tagged: bool) -> None:
+    await guest.up()
+    data = ip_frame(bytes(9000), lso=True)
+    if tagged:
+        data = data[:12] + b"\x81\x00\x00\x05" + data[12:]
+    for mss, verdict in ((1460, None), (1464, DropReason.MTU_MISMATCH)):
+        assert guest.deliver(Frame(data, Offload(Checksum.PARTIAL, mss=mss))) == [verdict]

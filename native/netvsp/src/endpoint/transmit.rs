@@ -111,7 +111,7 @@ impl ChannelEndpoint {
         if segmenter.count() > MAX_SEGMENTS {
             return Err(DropReason::InvalidPacket);
         }
-        if segmenter.largest() > self.settings.mtu + 4 {
+        if segmenter.largest() > self.settings.largest(frame.head) {
             return Err(DropReason::MtuMismatch);
         }
         let flags = self.settings.known_good(&transport);
