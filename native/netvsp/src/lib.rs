@@ -12,7 +12,7 @@
 //!
 //! # Threads
 //! The control half may be used from any thread and never waits for the worker. The endpoint takes a lock only when
-//! there are commands or control messages, never per packet of data.
+//! there are commands or control messages, and per packet of data only while a tap is on.
 
 #![forbid(unsafe_op_in_unsafe_fn)]
 
