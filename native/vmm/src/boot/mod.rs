@@ -215,6 +215,7 @@ fn write_memory_map(memory: &Memory, parameters: &mut boot_params) {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::sync::atomic::{AtomicU32, Ordering};
 
     use super::*;
 
@@ -225,7 +226,11 @@ mod tests {
     }
 
     fn file(name: &str, bytes: &[u8]) -> File {
-        let path = std::env::temp_dir().join(format!("vswitch-{name}-{}", std::process::id()));
+        // Tests run side by side in one process.
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("vswitch-{name}-{}-{number}", std::process::id());
+        let path = std::env::temp_dir().join(name);
         let options = File::options()
             .read(true)
             .write(true)
