@@ -29,6 +29,8 @@ struct Ring {
     bytes: VecDeque<u8>,
     /// How many bytes there were in all; the ring holds the last of them.
     written: u64,
+    /// `more` has been signalled and the signal not been taken: a guest prints byte by byte, and each signal is a system call.
+    told: bool,
 }
 
 /// What the guest has written to its serial port.
@@ -52,8 +54,11 @@ impl Output {
         let excess = ring.bytes.len().saturating_sub(RING);
         ring.bytes.drain(..excess);
         ring.written += bytes.len() as u64;
+        let told = std::mem::replace(&mut ring.told, true);
         drop(ring);
-        let _ = self.more.write(1);
+        if !told {
+            let _ = self.more.write(1);
+        }
     }
 
     /// Bytes from a position on, at most 64 KiB: how many were lost before them, and they.
@@ -71,9 +76,19 @@ impl Output {
         ring.written
     }
 
-    /// Readable after `append`.
+    /// Readable after `append`, until `take_event`.
     pub fn event(&self) -> &EventFd {
         &self.more
+    }
+
+    /// Takes the signal; the ring is to be read after that, since what was appended before it gave none of its own.
+    pub fn take_event(&self) {
+        // Nothing to take is no news either.
+        let _ = self.more.read();
+        self.ring
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .told = false;
     }
 }
 
@@ -91,15 +106,21 @@ impl Reader {
         }
     }
 
-    /// Hands over what there is, as far as `sink` takes it without waiting; true when all of it went.
+    /// Hands over what there is now, as far as `sink` takes it without waiting; true when all of it went. What the guest
+    /// writes meanwhile has to wait for the next call: a guest that prints without end must not keep the machine's thread
+    /// from everything else.
     fn feed(
         &mut self,
         output: &Output,
         sink: &mut impl Write,
         ready: impl Fn() -> bool,
     ) -> io::Result<bool> {
+        let end = output.written();
         loop {
             if self.pending.is_empty() {
+                if self.position >= end {
+                    return Ok(true);
+                }
                 let (lost, bytes) = output.read_from(self.position);
                 self.position += lost + bytes.len() as u64;
                 if lost > 0 {
@@ -107,9 +128,6 @@ impl Reader {
                         format!("\r\n[{lost} bytes of output were lost here]\r\n").into_bytes();
                 }
                 self.pending.extend(bytes);
-                if self.pending.is_empty() {
-                    return Ok(true);
-                }
             }
             if !ready() {
                 return Ok(false);
@@ -132,6 +150,8 @@ impl Reader {
 struct Client {
     stream: UnixStream,
     reader: Reader,
+    /// It did not take all that there was for it.
+    behind: bool,
 }
 
 /// The console's outside.
@@ -177,11 +197,18 @@ impl Console {
             self.client = Some(Client {
                 stream: UnixStream::from(fd),
                 reader: Reader::new(output.written().saturating_sub(REPLAY)),
+                behind: false,
             });
         }
     }
 
-    /// Passes output on to the log and the client. True when somebody could not take all of it yet.
+    /// Whether the client has to take bytes before it can be given more.
+    pub fn client_is_behind(&self) -> bool {
+        self.client.as_ref().is_some_and(|client| client.behind)
+    }
+
+    /// Passes output on to the log and the client. True when the log has to be tried again later; the client's descriptor says
+    /// itself when it takes more.
     pub fn pass_on(&mut self, output: &Output) -> bool {
         let mut waiting = false;
         if let Some(log) = &mut self.log {
@@ -191,14 +218,14 @@ impl Console {
             let fd = log.as_raw_fd();
             let ready = || calls::writable(fd);
             match self.log_reader.feed(output, log, ready) {
-                Ok(all) => waiting |= !all,
+                Ok(all) => waiting = !all,
                 // Nobody reads it any more.
                 Err(_) => self.log = None,
             }
         }
         if let Some(client) = &mut self.client {
             match client.reader.feed(output, &mut client.stream, || true) {
-                Ok(all) => waiting |= !all,
+                Ok(all) => client.behind = !all,
                 Err(_) => self.client = None,
             }
         }
@@ -233,21 +260,22 @@ impl Console {
         self.client = None;
     }
 
-    /// Types into the serial port as much as it takes. True while bytes may be left, here or in the port.
-    pub fn type_in(&mut self, ports: &Ports) -> bool {
-        let waiting = ports.remind() || !self.typed.is_empty();
+    /// Types into the serial port as much as it takes; gives how many bytes may be left, here or in the port.
+    pub fn type_in(&mut self, ports: &Ports) -> usize {
+        let left = ports.remind() + self.typed.len();
         while !self.typed.is_empty() {
             let taken = ports.type_in(self.typed.make_contiguous());
             if taken == 0 {
-                return true;
+                break;
             }
             self.typed.drain(..taken);
         }
-        waiting
+        left
     }
 }
 
-/// Starts a log anew that has grown too long.
+/// Starts a log anew that has grown too long; between two looks it grows by what `feed` hands over at once, no more than the ring
+/// holds and 64 KiB.
 fn limit(log: &mut File) {
     if log
         .seek(SeekFrom::End(0))
@@ -275,6 +303,68 @@ mod tests {
     }
 
     #[test]
+    fn many_bytes_give_one_signal_until_it_is_taken() {
+        let output = Output::new().unwrap();
+        for _ in 0..100 {
+            output.append(b"x");
+        }
+        assert_eq!(output.event().read().ok(), Some(1));
+        output.append(b"x");
+        assert!(output.event().read().is_err(), "it was not taken yet");
+        output.take_event();
+        output.append(b"x");
+        assert_eq!(output.event().read().ok(), Some(1));
+    }
+
+    /// Takes all it is given, while the guest writes twice as much.
+    struct Outrun<'a>(&'a Output, usize);
+
+    impl Write for Outrun<'_> {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.append(&vec![b'y'; 2 * bytes.len()]);
+            self.1 += bytes.len();
+            assert!(self.1 <= 4 * RING, "fed without end");
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_guest_that_prints_without_end_holds_nobody_up() {
+        let output = Output::new().unwrap();
+        output.append(&[b'x'; 1000]);
+        let (mut reader, mut sink) = (Reader::new(0), Outrun(&output, 0));
+        assert!(reader.feed(&output, &mut sink, || true).unwrap());
+        assert_eq!(sink.1, 1000);
+        // What came meanwhile is signalled, and goes with the next call.
+        assert!(output.event().read().is_ok());
+        assert!(reader.feed(&output, &mut sink, || true).unwrap());
+        assert!(sink.1 > 1000 && sink.1 <= 1000 + RING + 65536);
+    }
+
+    #[test]
+    fn a_log_stays_bounded_however_much_a_guest_prints() {
+        let name = std::env::temp_dir().join(format!("vswitch-long-{}", std::process::id()));
+        let path = name.with_extension("sock");
+        let _ = std::fs::remove_file(&path);
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let log = File::options().append(true).create(true).open(&name);
+        let mut console = Console::new(listener.into(), log.unwrap().into());
+        let output = Output::new().unwrap();
+        for _ in 0..80 {
+            output.append(&vec![b'x'; RING]);
+            assert!(!console.pass_on(&output));
+            let length = std::fs::metadata(&name).unwrap().len();
+            assert!(length <= LOG_LIMIT + RING as u64 + 65536, "{length}");
+        }
+        std::fs::remove_file(&path).unwrap();
+        std::fs::remove_file(&name).unwrap();
+    }
+
+    #[test]
     fn a_client_sees_the_past_then_the_present_and_types() {
         let path = std::env::temp_dir().join(format!("vswitch-console-{}", std::process::id()));
         let _ = std::fs::remove_file(&path);
@@ -286,11 +376,12 @@ mod tests {
         output.append(b"login: ");
         let mut client = UnixStream::connect(&path).unwrap();
         console.accept(&output);
-        assert!(!console.pass_on(&output) || console.client().is_some());
         client.set_nonblocking(true).unwrap();
         let mut seen = Vec::new();
-        while console.pass_on(&output) {
+        assert!(!console.pass_on(&output), "the log takes all at once");
+        while console.client_is_behind() {
             let _ = client.read_to_end(&mut seen);
+            console.pass_on(&output);
         }
         let _ = client.read_to_end(&mut seen);
         assert_eq!(seen.len(), REPLAY as usize);

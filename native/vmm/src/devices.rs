@@ -19,10 +19,11 @@ pub const SLEEP_STATUS_PORT: u16 = 0x601;
 pub const SLEEP_TYPE_OFF: u8 = 5;
 const SERIAL_LAST: u16 = SERIAL_PORT + 7;
 const INTERRUPT_ENABLE: u8 = 1;
-const LINE_CONTROL: u8 = 3;
 const DIVISOR_LATCH: u8 = 1 << 7;
-const LINE_STATUS: u8 = 5;
+/// Of interrupt enable: received data.
 const DATA_READY: u8 = 1;
+/// Of interrupt identification, in the model's own state: received data.
+const DATA_PENDING: u8 = 1 << 2;
 const KEYBOARD_COMMAND: u16 = 0x64;
 const KEYBOARD_RESET: u8 = 0xFE;
 const CMOS_INDEX: u16 = 0x70;
@@ -157,20 +158,24 @@ impl Ports {
         parts.serial.enqueue_raw_bytes(now).unwrap_or(0)
     }
 
-    /// Whether bytes wait in the serial port for the guest. If so it is interrupted once more: a driver takes a bounded number
-    /// of bytes at a time (Linux 256) and counts on the line to stay up while there are more, but the model raises its
-    /// interrupt only when bytes come in. Enabling it anew has the model look again.
-    pub fn remind(&self) -> bool {
+    /// How many bytes wait in the serial port for the guest. If there are any it is interrupted once more: a driver takes a
+    /// bounded number of bytes at a time (Linux 256) and counts on the line to stay up while there are more, but the model
+    /// raises its interrupt only when bytes come in.
+    pub fn remind(&self) -> usize {
         let serial = &mut self.parts().serial;
-        if serial.read(LINE_STATUS) & DATA_READY == 0 {
-            return false;
+        let state = serial.state();
+        if state.in_buffer.is_empty() || state.interrupt_enable & DATA_READY == 0 {
+            return state.in_buffer.len();
         }
-        if serial.read(LINE_CONTROL) & DIVISOR_LATCH == 0 {
-            let enabled = serial.read(INTERRUPT_ENABLE);
-            // An interrupt that cannot be raised is tried again with the next look.
-            let _ = serial.write(INTERRUPT_ENABLE, enabled);
+        // An interrupt that cannot be raised is tried again with the next look.
+        if state.interrupt_identification & DATA_PENDING != 0 {
+            // The model has raised it, but the edge may have been lost while the guest had the line masked.
+            let _ = self.serial_irq.write(1);
+        } else if state.line_control & DIVISOR_LATCH == 0 {
+            // Enabling it anew has the model look again.
+            let _ = serial.write(INTERRUPT_ENABLE, state.interrupt_enable);
         }
-        true
+        state.in_buffer.len()
     }
 }
 
@@ -227,7 +232,7 @@ mod tests {
         const INTERRUPT_IDENTIFICATION: u16 = SERIAL_PORT + 2;
         let (ports, _) = ports();
         ports.write(SERIAL_PORT + u16::from(INTERRUPT_ENABLE), &[DATA_READY]);
-        assert!(!ports.remind(), "nothing was typed");
+        assert_eq!(ports.remind(), 0, "nothing was typed");
         assert_eq!(ports.type_in(b"abc"), 3);
         assert_eq!(ports.serial_irq.read().ok(), Some(1));
         let mut identification = [0];
@@ -238,12 +243,27 @@ mod tests {
         ports.read(INTERRUPT_IDENTIFICATION, &mut identification);
         assert_eq!(identification[0] & 0xF, 1);
         assert!(ports.serial_irq.read().is_err());
-        assert!(ports.remind());
+        assert_eq!(ports.remind(), 1);
         assert_eq!(ports.serial_irq.read().ok(), Some(1));
         ports.read(INTERRUPT_IDENTIFICATION, &mut identification);
         assert_eq!(identification[0] & 0xF, 4);
         ports.read(SERIAL_PORT, &mut [0; 1]);
-        assert!(!ports.remind());
+        assert_eq!(ports.remind(), 0);
+    }
+
+    #[test]
+    fn an_edge_that_was_lost_is_raised_again() {
+        let (ports, _) = ports();
+        ports.write(SERIAL_PORT + u16::from(INTERRUPT_ENABLE), &[DATA_READY]);
+        assert_eq!(ports.type_in(b"abc"), 3);
+        // Raised, and lost: the guest had the line masked, and has not looked at the port since.
+        assert_eq!(ports.serial_irq.read().ok(), Some(1));
+        assert_eq!(ports.remind(), 3);
+        assert_eq!(ports.serial_irq.read().ok(), Some(1));
+        // A driver that wants no such interrupt gets none.
+        ports.write(SERIAL_PORT + u16::from(INTERRUPT_ENABLE), &[0]);
+        assert_eq!(ports.remind(), 3);
+        assert!(ports.serial_irq.read().is_err());
     }
 
     #[test]

@@ -25,6 +25,7 @@ mod life;
 mod terminal;
 
 use life::{Clock, Reset, Running};
+use terminal::Patience;
 
 /// How the machine ended; the process's exit status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,8 +40,6 @@ const ERROR_INTERNAL: u32 = 8;
 const MOST_FDS: usize = 80;
 /// The first connection may take this long, however short the grace period is.
 const FIRST_GRACE: Duration = Duration::from_secs(20);
-/// When a slow reader or a full serial queue is looked at again.
-const RETRY: Duration = Duration::from_millis(20);
 
 const DOOR_LISTENER: u64 = 1;
 const DOOR: u64 = 2;
@@ -69,6 +68,9 @@ pub struct Machine {
     /// The console's client with the events that epoll has of it, and the listener's.
     client: Option<(RawFd, u32)>,
     listening: u32,
+    patience: Patience,
+    /// Room for one frame of the door.
+    buffer: Vec<u8>,
     /// When the machine gives up waiting for its host.
     deadline: Instant,
     door: Door,
@@ -108,6 +110,8 @@ impl Machine {
             socket_events: 0,
             client: None,
             listening: READ,
+            patience: Patience::default(),
+            buffer: vec![0; MAX_FRAME],
             door: Door::default(),
             running: None,
             end: None,
@@ -133,7 +137,7 @@ impl Machine {
     /// Serves until the guest, the host or the grace period ends it.
     pub fn run(mut self) -> Result<End> {
         let mut ready = Vec::new();
-        let mut retry = false;
+        let mut retry = None;
         loop {
             let timeout = self.timeout(retry);
             self.epoll.wait(&mut ready, timeout).context("epoll")?;
@@ -150,17 +154,13 @@ impl Machine {
     }
 
     /// Milliseconds to sleep at most.
-    fn timeout(&self, retry: bool) -> i32 {
+    fn timeout(&self, retry: Option<Duration>) -> i32 {
         let grace = self
             .socket
             .is_none()
             .then(|| self.deadline.saturating_duration_since(Instant::now()));
         let reset = self.running.as_ref().and_then(Running::reset_due);
-        let soonest = grace
-            .into_iter()
-            .chain(reset)
-            .chain(retry.then_some(RETRY))
-            .min();
+        let soonest = grace.into_iter().chain(reset).chain(retry).min();
         soonest.map_or(-1, |time| {
             i32::try_from(time.as_millis()).unwrap_or(i32::MAX - 1) + 1
         })
@@ -182,7 +182,10 @@ impl Machine {
                 self.end = Some(End::Off);
                 Ok(())
             }
-            OUTPUT => drain(self.output.event()),
+            OUTPUT => {
+                self.output.take_event();
+                Ok(())
+            }
             CONTROL => match &self.running {
                 Some(running) => drain(running.control.event()),
                 None => Ok(()),
@@ -280,13 +283,12 @@ impl Machine {
         if what & WRITE != 0 {
             self.flush()?;
         }
-        let mut buffer = vec![0; MAX_FRAME];
         // A turn is bounded, so that the console is served beside a busy host.
         for _ in 0..64 {
             let Some(socket) = &self.socket else {
                 return Ok(());
             };
-            let received = match sys::receive(socket.as_raw_fd(), &mut buffer, MOST_FDS) {
+            let received = match sys::receive(socket.as_raw_fd(), &mut self.buffer, MOST_FDS) {
                 Ok(received) => received,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -299,7 +301,7 @@ impl Machine {
                 let why = "a frame or its descriptors are longer than allowed";
                 return self.lose(why, Some(crate::door::ERROR_MALFORMED));
             }
-            let frame = buffer.get(..received.length).unwrap_or_default();
+            let frame = self.buffer.get(..received.length).unwrap_or_default();
             match self.door.receive(frame, received.fds) {
                 Ok(event) => self.obey(event)?,
                 Err(Refusal { code, text }) => return self.lose(&text, Some(code)),
