@@ -188,14 +188,20 @@ class RingReader(_Cursor):
     def read(self, limit: int = 64) -> list[bytes]:
         """Up to `limit` packets (descriptor to padding, no trailer), copied out once.
 
-        Their space returns to the writer with `commit`. Raises RingError when indices or lengths lie.
+        Their space returns to the writer with `commit`. Raises RingError when indices or lengths lie, once
+        what came before the lie was given out.
         """
         packets: list[bytes] = []
         while len(packets) < limit:
-            available = self._available()
-            if not available:
-                break
-            packet = self._read_one(available)
+            try:
+                available = self._available()
+                if not available:
+                    break
+                packet = self._read_one(available)
+            except RingError:
+                if packets:
+                    break
+                raise
             self._read = (self._read + len(packet) + TRAILER_SIZE) % self._size
             packets.append(packet)
         return packets

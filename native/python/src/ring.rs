@@ -58,9 +58,12 @@ impl RingReader {
     fn read<'py>(&mut self, py: Python<'py>, limit: usize) -> PyResult<Bound<'py, PyList>> {
         let packets = PyList::empty(py);
         while packets.len() < limit {
-            match self.inner.next(&mut self.scratch).map_err(refuse)? {
-                Some(_) => packets.append(PyBytes::new(py, &self.scratch))?,
-                None => break,
+            match self.inner.next(&mut self.scratch) {
+                Ok(Some(_)) => packets.append(PyBytes::new(py, &self.scratch))?,
+                Ok(None) => break,
+                // What came before is good; the next call finds the same lie.
+                Err(_) if !packets.is_empty() => break,
+                Err(error) => return Err(refuse(error)),
             }
         }
         Ok(packets)

@@ -239,6 +239,18 @@ def test_a_packet_whose_lengths_lie_loses_the_channel(pair: Pair, offset8: int, 
         pair.reader.read()
 
 
+def test_packets_in_front_of_one_that_lies_are_given_out(pair: Pair) -> None:
+    for fill in (1, 2, 3):
+        pair.writer.write(inband(8, fill))
+    pair.writer.commit()
+    third = 2 * (len(inband(8)) + 8)
+    pair.control.write(4096 + third + 2, bytes(4))
+    assert pair.reader.read() == [inband(8, 1), inband(8, 2)]
+    for _ in range(2):
+        with pytest.raises(RingError):
+            pair.reader.read()
+
+
 def test_what_was_read_does_not_change_when_the_writer_rewrites_it(pair: Pair) -> None:
     data = inband(64)
     pair.writer.write(data)
