@@ -204,7 +204,8 @@ class RssParameters:
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        """Decodes any revision; the header is not checked, as vmswitch does not.
+        """Decodes any revision; the header is not checked, as vmswitch does not, nor where an absent table or
+        key would be. What switches RSS off has neither.
 
         Raises WireError for a table or key outside `data`, a table size that is no multiple of 4 or above
         512, a key that is neither absent nor 40 bytes.
@@ -213,9 +214,11 @@ class RssParameters:
         _, _, _, flags, base_cpu, information, table_bytes, table_at, key_size, key_at = struct.unpack_from(
             "<BBHHHIHxxIHxxI", data
         )
-        if table_bytes % 4 or table_bytes > 512 or table_at + table_bytes > len(data):
+        if flags & NDIS_RSS_PARAM_FLAG_DISABLE_RSS:
+            return cls(flags, base_cpu, information, (), b"")
+        if table_bytes and (table_bytes % 4 or table_bytes > 512 or table_at + table_bytes > len(data)):
             raise WireError(f"RssParameters: table of {table_bytes} bytes at {table_at} of {len(data)}")
-        if key_size not in (0, RSS_KEY_SIZE) or key_at + key_size > len(data):
+        if key_size and (key_size != RSS_KEY_SIZE or key_at + key_size > len(data)):
             raise WireError(f"RssParameters: key of {key_size} bytes at {key_at} of {len(data)}")
         table = struct.unpack_from(f"<{table_bytes // 4}I", data, table_at) if table_bytes else ()
         return cls(flags, base_cpu, information, table, bytes(data[key_at : key_at + key_size]))

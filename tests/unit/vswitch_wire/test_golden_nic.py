@@ -270,6 +270,17 @@ def test_rss_parameters_of_linux_and_of_freebsd_are_read() -> None:
     assert not ndis.RssParameters.unpack(wire("89 02 2800 1000") + bytes(34)).enabled
 
 
+def test_where_an_absent_table_or_key_would_be_is_nobodys_business() -> None:
+    nowhere = wire("0000 0000 FFFFFFFF 0000 0000 FFFFFFFF 00000000 00000000 00000000")
+    kept = ndis.RssParameters.unpack(wire("89 02 2800 0C00 0000 01120000") + nowhere)
+    assert (kept.enabled, kept.indirection_table, kept.key) == (True, (), b"")
+    lies = wire("0002 0000 FFFFFFFF 2800 0000 FFFFFFFF 00000000 00000000 00000000")
+    off = ndis.RssParameters.unpack(wire("89 02 2800 1000 0000 01120000") + lies)
+    assert (off.enabled, off.indirection_table, off.key) == (False, (), b"")
+    with pytest.raises(WireError, match="table of 512 bytes"):
+        ndis.RssParameters.unpack(wire("89 02 2800 0000 0000 01120000") + lies)
+
+
 def test_config_parameters_are_utf16_and_bounded() -> None:
     data = wire("14000000 04000000 02000000 18000000 02000000 6100 6200 3100")
     parameter = ndis.ConfigParameter.unpack(data)
