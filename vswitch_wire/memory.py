@@ -352,6 +352,8 @@ class Interrupt:
         """
         if not 0 <= sint < 16 or not 0 <= flag < EVENT_FLAGS_PER_SINT:
             raise MemoryAccessError(f"event flag {flag} of SINT {sint} does not exist")
+        if self._fd < 0:
+            raise MemoryAccessError("the interrupt was closed")
         if fd is not None:
             replacement = os.dup(fd)
             os.close(self._fd)

@@ -231,6 +231,9 @@ def test_an_interrupt_sets_its_flag_then_wakes_whoever_polls(
     interrupt.close()
     interrupt.signal()
     assert second.drain() == 0
+    for fd in (None, first.fileno()):
+        with pytest.raises(memory.MemoryAccessError, match="closed"):
+            interrupt.target(LOW, 2, 37, fd)
     first.close()
     second.close()
 
