@@ -5,7 +5,7 @@ Made from messages, checked against memory and quotas, held while a device uses 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hypervisor.quotas import Quotas
 from vswitch_wire import vmbus
@@ -21,7 +21,7 @@ _PAGE = 4096
 class _Gpadl:
     ranges: tuple[GpaRange, ...]
     pages: int
-    users: set[int] = field(default_factory=set)
+    uses: int = 0
     teardown_asked: bool = False
 
 
@@ -91,7 +91,7 @@ class GpadlTable:
                 f"ring GPADL {gpadl_id:#x}: {len(ring.pfns)} pages split at {downstream_page_offset},"
                 " each ring needs 2"
             )
-        entry.users.add(relid)
+        entry.uses += 1
         return list(ring.pfns)
 
     def use(self, relid: int, gpadl_id: int) -> GpaRange:
@@ -102,7 +102,7 @@ class GpadlTable:
         entry = self._find(relid, gpadl_id)
         if len(entry.ranges) != 1:
             raise WireError(f"GPADL {gpadl_id:#x} has {len(entry.ranges)} ranges, a buffer must have one")
-        entry.users.add(relid)
+        entry.uses += 1
         return entry.ranges[0]
 
     def _find(self, relid: int, gpadl_id: int) -> _Gpadl:
@@ -112,19 +112,23 @@ class GpadlTable:
         return entry
 
     def release(self, relid: int, gpadl_id: int) -> vmbus.GpadlTorndown | None:
-        """The device let go of one GPADL; the answer to a teardown that waited for it."""
+        """The device let go of one GPADL once; the answer to a teardown that waited for the last time."""
         entry = self._gpadls.get((relid, gpadl_id))
         if entry is None:
             return None
-        entry.users.discard(relid)
-        if entry.teardown_asked and not entry.users:
+        return self._let_go(relid, gpadl_id, entry.uses - 1)
+
+    def _let_go(self, relid: int, gpadl_id: int, uses: int) -> vmbus.GpadlTorndown | None:
+        entry = self._gpadls[relid, gpadl_id]
+        entry.uses = max(uses, 0)
+        if entry.teardown_asked and not entry.uses:
             self._remove(relid, gpadl_id)
             return vmbus.GpadlTorndown(gpadl_id)
         return None
 
     def release_channel(self, relid: int) -> list[vmbus.GpadlTorndown]:
         """The channel closed: nothing of it is in use; answers to teardowns that waited."""
-        answers = [self.release(relid, gpadl_id) for owner, gpadl_id in list(self._gpadls) if owner == relid]
+        answers = [self._let_go(*key, 0) for key in list(self._gpadls) if key[0] == relid]
         return [answer for answer in answers if answer is not None]
 
     def teardown(self, message: vmbus.GpadlTeardown) -> vmbus.GpadlTorndown | None:
@@ -132,7 +136,7 @@ class GpadlTable:
         entry = self._gpadls.get((message.relid, message.gpadl_id))
         if entry is None or entry.teardown_asked:
             raise WireError(f"GPADL_TEARDOWN: channel {message.relid} has no GPADL {message.gpadl_id:#x}")
-        if entry.users:
+        if entry.uses:
             entry.teardown_asked = True
             return None
         self._remove(message.relid, message.gpadl_id)

@@ -112,6 +112,27 @@ async def test_unfinished_gpadls_are_bounded(guest: RawGuest) -> None:
     assert await guest.silent()
 
 
+async def test_a_gpadl_in_two_uses_is_held_until_both_have_ended(guest: RawGuest) -> None:
+    table = guest.partition.vmbus.gpadls
+    assert await create(guest, 7, 4) == 0
+    table.ring(1, 7, 2)
+    table.use(1, 7)
+    assert table.teardown(vmbus.GpadlTeardown(1, 7)) is None
+    assert table.release(1, 7) is None
+    assert table.pages == 4
+    assert table.release(1, 7) == vmbus.GpadlTorndown(7)
+    assert table.pages == 0
+
+
+async def test_a_closed_channel_ends_every_use_of_its_gpadls(guest: RawGuest) -> None:
+    table = guest.partition.vmbus.gpadls
+    assert await create(guest, 7, 4) == 0
+    table.use(1, 7)
+    table.use(1, 7)
+    assert table.teardown(vmbus.GpadlTeardown(1, 7)) is None
+    assert table.release_channel(1) == [vmbus.GpadlTorndown(7)]
+
+
 async def test_a_teardown_of_an_unknown_gpadl_is_an_error_without_an_answer(guest: RawGuest) -> None:
     await guest.post(vmbus.GpadlTeardown(1, 99))
     assert await guest.silent()
