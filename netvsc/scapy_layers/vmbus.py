@@ -22,6 +22,7 @@ from scapy.fields import (
     LEShortField,
     PacketListField,
     StrFixedLenField,
+    StrLenField,
     XByteField,
     XLEIntField,
     XLELongField,
@@ -64,6 +65,15 @@ OFFER_FLAGS = {
 }
 
 
+class PfnsField(FieldListField):
+    """Page frame numbers: as many as there are whole ones, since firmware posts 4 spare bytes behind them."""
+
+    def getfield(self, pkt: Any, s: bytes) -> tuple[bytes, list[Any]]:
+        whole = len(s) // 8 * 8
+        rest, pfns = super().getfield(pkt, s[:whole])
+        return rest + s[whole:], pfns
+
+
 class GpaRange(Packet):
     """A range of guest memory: byte count, offset into the first page, page frame numbers."""
 
@@ -71,7 +81,7 @@ class GpaRange(Packet):
     fields_desc = [
         LEIntField("byte_count", 0),
         LEIntField("byte_offset", 0),
-        FieldListField(
+        PfnsField(
             "pfns",
             [],
             XLELongField("pfn", 0),
@@ -186,7 +196,7 @@ class VMBusGpadlBody(Packet):
     fields_desc = [
         LEIntField("message_number", 0),
         XLEIntField("gpadl_id", 0),
-        FieldListField("pfns", [], XLELongField("pfn", 0), count_from=lambda _pkt: 28),
+        PfnsField("pfns", [], XLELongField("pfn", 0), count_from=lambda _pkt: 28),
     ]
 
 
@@ -427,7 +437,8 @@ PACKET_TYPES = {
 class VMBusPacket(Packet):
     """A ring packet: descriptor, the type's header, payload, padding to 8.
 
-    Offset and length are in units of 8 bytes.
+    Offset and length are in units of 8 bytes; `gap` is what lies in front of the payload of a type that has
+    no header.
     """
 
     name = "VMBus packet"
@@ -440,6 +451,10 @@ class VMBusPacket(Packet):
         ConditionalField(LEShortField("transfer_set_id", 0), lambda pkt: pkt.type == 7),
         ConditionalField(ByteField("sender_owns_set", 0), lambda pkt: pkt.type == 7),
         ConditionalField(ByteField("reserved7", 0), lambda pkt: pkt.type == 7),
+        ConditionalField(
+            StrLenField("gap", b"", length_from=lambda pkt: max(0, (pkt.offset8 or 2) - 2) * 8),
+            lambda pkt: pkt.type not in (7, 9),
+        ),
         ConditionalField(LEIntField("reserved9", 0), lambda pkt: pkt.type == 9),
         ConditionalField(LEIntField("range_count", None), lambda pkt: pkt.type in (7, 9)),
         ConditionalField(

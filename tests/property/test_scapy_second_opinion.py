@@ -174,6 +174,15 @@ def test_a_gpadl_header_and_its_bodies(relid: int, gpadl_id: int, entry: gpadl.G
     assert vmbus.decode(rebuild(VMBusMessage(body.pack()))) == body
 
 
+def test_spare_bytes_that_firmware_posts_are_no_page_number() -> None:
+    pfns = tuple(range(16, 42))
+    whole = gpadl.GpaRange(60 * 4096, 0, tuple(range(16, 76))).pack()
+    header = vmbus.GpadlHeader(3, 7, len(whole), 1, whole[: 8 + 8 * 26]).pack()
+    layer = VMBusMessage(header + bytes(240 - len(header))).payload
+    assert type(layer) is scapy_vmbus.VMBusGpadlHeader
+    assert tuple(layer.ranges[0].pfns) == pfns
+
+
 SPECIAL_NVSP = (nvsp.SendReceiveBufferComplete, nvsp.SendIndirectionTable, nvsp.OidQueryExComplete)
 FLAT_NVSP = [
     cls
@@ -361,6 +370,17 @@ def test_ring_packets(
     if kind == "direct":
         shown = tuple((r.byte_count, r.byte_offset, tuple(r.pfns)) for r in layer.ranges)
         assert shown == decoded.ranges
+
+
+@pytest.mark.parametrize("kind", [6, 0xB])
+def test_a_payload_begins_where_the_descriptor_says(kind: int) -> None:
+    payload = nvsp.SendRndisPacket(0).pack()
+    descriptor = struct.pack("<HHHHQ", kind, 4, 4 + len(payload) // 8, 0, 9)
+    packed = descriptor + b"\xee" * 16 + payload
+    layer = VMBusPacket(packed)
+    assert (ring.decode(packed).payload, bytes(layer[NVSP])) == (payload, payload)
+    assert layer.gap == b"\xee" * 16
+    assert rebuild(layer) == packed
 
 
 @settings(max_examples=100, deadline=None)
