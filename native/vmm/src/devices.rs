@@ -33,12 +33,18 @@ const RESET_CPU: u8 = 1 << 2;
 const SLEEP_ENABLE: u8 = 1 << 5;
 
 /// What the guest asked the machine to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Power {
     Off,
     Reset,
     /// The guest is broken: it said so, or its processor cannot go on.
-    Crashed(&'static str),
+    Crashed(String),
+}
+
+impl Power {
+    pub fn crashed(why: impl Into<String>) -> Self {
+        Self::Crashed(why.into())
+    }
 }
 
 /// The serial port's interrupt line: an eventfd that KVM reads.

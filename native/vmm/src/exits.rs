@@ -1,6 +1,9 @@
-//! The Hyper-V exits in a virtual processor's run structure.
+//! What a virtual processor's run structure says of the Hyper-V exits, and of those after which it cannot go on.
 
-use kvm_bindings::{KVM_EXIT_HYPERV, KVM_EXIT_HYPERV_HCALL, KVM_EXIT_HYPERV_SYNIC};
+use kvm_bindings::{
+    kvm_run, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HYPERV, KVM_EXIT_HYPERV_HCALL, KVM_EXIT_HYPERV_SYNIC,
+    KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_UNKNOWN,
+};
 use kvm_ioctls::VcpuFd;
 
 /// What KVM leaves to us.
@@ -45,4 +48,76 @@ pub fn hyperv(vcpu: &mut VcpuFd) -> Option<HyperV> {
 /// Leaves the result of a hypercall for KVM to hand to the guest.
 pub fn finish_hypercall(vcpu: &mut VcpuFd, result: u64) {
     vcpu.get_kvm_run().__bindgen_anon_1.hyperv.u.hcall.result = result;
+}
+
+/// The exit that KVM_RUN has just returned with, in words, and where the processor is: one that this machine cannot serve.
+pub fn failure(vcpu: &mut VcpuFd) -> String {
+    let what = describe(vcpu.get_kvm_run());
+    match vcpu.get_regs() {
+        Ok(registers) => format!("{what}, at {:#x}", registers.rip),
+        Err(_) => what,
+    }
+}
+
+fn describe(run: &kvm_run) -> String {
+    match run.exit_reason {
+        KVM_EXIT_INTERNAL_ERROR => {
+            // SAFETY: the exit reason says that this member of the union is the valid one; all its fields are plain numbers.
+            let error = unsafe { run.__bindgen_anon_1.internal };
+            let count = (error.ndata as usize).min(error.data.len());
+            let data = error.data.get(..count).unwrap_or_default();
+            format!(
+                "KVM cannot run what its processor is at: internal error {} {data:x?}",
+                error.suberror
+            )
+        }
+        KVM_EXIT_FAIL_ENTRY => {
+            // SAFETY: as above.
+            let entry = unsafe { run.__bindgen_anon_1.fail_entry };
+            format!(
+                "KVM cannot enter its processor: hardware reason {:#x} on CPU {}",
+                entry.hardware_entry_failure_reason, entry.cpu
+            )
+        }
+        KVM_EXIT_UNKNOWN => {
+            // SAFETY: as above.
+            let reason = unsafe { run.__bindgen_anon_1.hw }.hardware_exit_reason;
+            format!("KVM cannot tell why its processor stopped: hardware reason {reason:#x}")
+        }
+        other => {
+            format!("its processor stopped for KVM's exit reason {other}, which is not served")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(exit_reason: u32) -> kvm_run {
+        kvm_run {
+            exit_reason,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn an_exit_that_is_the_end_is_named_with_its_numbers() {
+        let mut internal = run(KVM_EXIT_INTERNAL_ERROR);
+        internal.__bindgen_anon_1.internal.suberror = 3;
+        internal.__bindgen_anon_1.internal.ndata = u32::MAX;
+        let words = describe(&internal);
+        assert!(words.contains("internal error 3 [0, "), "{words}");
+        let mut entry = run(KVM_EXIT_FAIL_ENTRY);
+        entry
+            .__bindgen_anon_1
+            .fail_entry
+            .hardware_entry_failure_reason = 0x8000_0021;
+        let words = describe(&entry);
+        assert!(words.contains("0x80000021"), "{words}");
+        let mut unknown = run(KVM_EXIT_UNKNOWN);
+        unknown.__bindgen_anon_1.hw.hardware_exit_reason = 0x1F;
+        assert!(describe(&unknown).contains("0x1f"));
+        assert!(describe(&run(38)).contains("exit reason 38"));
+    }
 }

@@ -57,8 +57,8 @@ const MACHINE: [libc::c_long; 14] = [
     libc::SYS_sendto,
 ];
 
-/// KVM_RUN and KVM_GET_MSRS.
-const PROCESSOR_IOCTLS: [u64; 2] = [0xAE80, 0xC008_AE88];
+/// KVM_RUN, KVM_GET_MSRS, and KVM_GET_REGS to say where a processor cannot go on.
+const PROCESSOR_IOCTLS: [u64; 3] = [0xAE80, 0xC008_AE88, 0x8090_AE81];
 
 /// What makes a virtual machine, at the start and again at each reset.
 const MACHINE_IOCTLS: [u64; 26] = [

@@ -3,10 +3,10 @@
 //! Slots are written in virtual-processor context alone, where KVM's synthetic timers cannot write them at the same time. Every
 //! message carries the flag "message pending", so that the guest always writes the EOM register when it has emptied the slot.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 use vswitch_wire::door::{MESSAGE_SIZE, SINT_COUNT};
 
 use crate::memory::Memory;
@@ -51,24 +51,44 @@ impl Default for Registers {
     }
 }
 
+/// A page register as the host is told of it: one that names a page outside memory would be refused there, and the host would
+/// keep the page before. It counts as switched off instead: nothing can be written there.
+pub fn usable(memory: &Memory, register: u64) -> u64 {
+    if register & ENABLE != 0 && !memory.address_in_range(page_of(register)) {
+        register & !ENABLE
+    } else {
+        register
+    }
+}
+
+fn page_of(register: u64) -> GuestAddress {
+    GuestAddress(register & !(PAGE - 1))
+}
+
 impl Registers {
-    /// Every register as (MSR, value), in an order in which each write makes sense to the host.
-    pub fn values(&self) -> Vec<(u32, u64)> {
-        let mut values = vec![
+    /// The partition's registers as (MSR, value), in an order in which each write makes sense to the host.
+    fn of_partition(&self) -> [(u32, u64); 2] {
+        [
             (MSR_GUEST_OS_ID, self.guest_os_id),
             (MSR_HYPERCALL, self.hypercall),
-            (MSR_SIMP, self.simp),
-            (MSR_SIEFP, self.siefp),
-        ];
+        ]
+    }
+
+    /// The same of the processor's own.
+    fn of_processor(&self) -> impl Iterator<Item = (u32, u64)> + '_ {
+        let pages = [(MSR_SIMP, self.simp), (MSR_SIEFP, self.siefp)];
         let sints = (MSR_SINT0..).zip(self.sints.iter().map(|sint| sint & SINT_BITS));
-        values.extend(sints);
-        values.push((MSR_SCONTROL, self.control & ENABLE));
-        values
+        let control = (MSR_SCONTROL, self.control & ENABLE);
+        pages.into_iter().chain(sints).chain([control])
+    }
+
+    fn values(&self) -> impl Iterator<Item = (u32, u64)> + '_ {
+        self.of_partition().into_iter().chain(self.of_processor())
     }
 
     /// What differs from `before`.
     pub fn changes(&self, before: &Self) -> Vec<(u32, u64)> {
-        let pairs = self.values().into_iter().zip(before.values());
+        let pairs = self.values().zip(before.values());
         pairs
             .filter(|(now, then)| now != then)
             .map(|(now, _)| now)
@@ -77,7 +97,7 @@ impl Registers {
 
     /// The message page, while messages may be written.
     fn message_page(&self) -> Option<GuestAddress> {
-        (self.control & self.simp & ENABLE != 0).then_some(GuestAddress(self.simp & !(PAGE - 1)))
+        (self.control & self.simp & ENABLE != 0).then_some(page_of(self.simp))
     }
 }
 
@@ -93,6 +113,21 @@ struct State {
     waiting: Vec<Waiting>,
     /// Type word of the message of ours that lies in each slot; 0 = none.
     written: [u32; SINT_COUNT as usize],
+    /// SINTs whose message is gone with the page it lay in; `write` gives them.
+    gone: Vec<u32>,
+    /// Grows with every change of any processor's registers: whose view of the partition's is the newest.
+    stamp: u64,
+}
+
+impl State {
+    /// Every message that lies in a slot is gone.
+    fn abandon(&mut self) {
+        for (sint, written) in (0..).zip(&mut self.written) {
+            if std::mem::take(written) != 0 {
+                self.gone.push(sint);
+            }
+        }
+    }
 }
 
 /// The slots of one virtual processor.
@@ -124,20 +159,20 @@ impl Slots {
         self.state().registers
     }
 
-    /// Runs with the registers while the virtual processor cannot change them.
-    pub fn with_registers(&self, act: impl FnOnce(&Registers)) {
-        act(&self.state().registers);
-    }
-
     /// Takes the registers' new values; gives those before. Pages that come into use are emptied, as a hypervisor's own
-    /// page would be.
+    /// page would be; a message in a page that goes out of use is lost.
     pub fn set_registers(&self, memory: &Memory, new: Registers) -> Registers {
+        static STAMP: AtomicU64 = AtomicU64::new(1);
         let mut state = self.state();
         let before = std::mem::replace(&mut state.registers, new);
+        state.stamp = STAMP.fetch_add(1, Ordering::Relaxed);
+        if new.message_page() != before.message_page() {
+            state.abandon();
+        }
         for (now, then) in [(new.simp, before.simp), (new.siefp, before.siefp)] {
             if now & ENABLE != 0 && now != then {
                 // A page outside memory: nothing to empty, and nothing will be written there either.
-                let _ = memory.write_slice(&[0; PAGE as usize], GuestAddress(now & !(PAGE - 1)));
+                let _ = memory.write_slice(&[0; PAGE as usize], page_of(now));
             }
         }
         self.attention.store(true, Ordering::Release);
@@ -145,18 +180,13 @@ impl Slots {
     }
 
     /// In virtual-processor context: writes what waits into free slots. `raise` gets each SINT that was filled; what is
-    /// returned was lost because the guest has switched its messages off (EOM is due for these).
+    /// returned was lost because the guest has switched its messages off or moved their page (EOM is due for these).
     pub fn write(&self, memory: &Memory, mut raise: impl FnMut(u32)) -> Vec<u32> {
         let mut state = self.state();
         self.attention.store(false, Ordering::Release);
-        let mut ended = Vec::new();
+        let mut ended = std::mem::take(&mut state.gone);
         let Some(page) = state.registers.message_page() else {
             ended.extend(state.waiting.drain(..).map(|waiting| waiting.sint));
-            for (sint, written) in state.written.iter_mut().enumerate() {
-                if std::mem::take(written) != 0 {
-                    ended.push(sint as u32);
-                }
-            }
             return ended;
         };
         for waiting in std::mem::take(&mut state.waiting) {
@@ -205,9 +235,50 @@ impl Slots {
     pub fn forget(&self, registers: bool) {
         let mut state = self.state();
         state.waiting.clear();
+        state.gone.clear();
         state.written = Default::default();
         if registers {
             state.registers = Registers::default();
+            state.stamp = 0;
+        }
+    }
+}
+
+/// What the guest has taken from the slots of all processors.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Emptied {
+    /// (VP, SINT) whose message is gone: EOM is due.
+    pub taken: Vec<(u32, u32)>,
+    /// Processors that have messages to be tried again.
+    pub again: Vec<u32>,
+}
+
+/// `Slots::emptied` of each processor.
+pub fn all_emptied(all: &[Arc<Slots>], memory: &Memory) -> Emptied {
+    let mut emptied = Emptied::default();
+    for (vp, slots) in (0..).zip(all) {
+        let (taken, again) = slots.emptied(memory);
+        emptied
+            .taken
+            .extend(taken.into_iter().map(|sint| (vp, sint)));
+        emptied.again.extend(again.then_some(vp));
+    }
+    emptied
+}
+
+/// Gives every register of every processor as (VP, MSR, value) while none of them can change: to a host that may have missed
+/// any of them, also that one is as after a reset. The partition's own come once, first, as they were seen last.
+pub fn tell_all(all: &[Arc<Slots>], mut tell: impl FnMut(u32, u32, u64)) {
+    let states: Vec<_> = all.iter().map(|slots| slots.state()).collect();
+    let newest = (0..).zip(&states).max_by_key(|(_, state)| state.stamp);
+    if let Some((vp, state)) = newest {
+        for (msr, value) in state.registers.of_partition() {
+            tell(vp, msr, value);
+        }
+    }
+    for (vp, state) in (0..).zip(&states) {
+        for (msr, value) in state.registers.of_processor() {
+            tell(vp, msr, value);
         }
     }
 }
@@ -329,6 +400,111 @@ mod tests {
         let mut ended = slots.write(&memory, |_| panic!("nothing may be written"));
         ended.sort_unstable();
         assert_eq!(ended, [2, 3]);
+    }
+
+    #[test]
+    fn a_message_whose_page_moved_is_lost_and_ended_once() {
+        let (memory, slots) = (memory(), Slots::default());
+        slots.set_registers(&memory, enabled());
+        slots.queue(message(2, 1));
+        slots.write(&memory, |_| {});
+        slots.queue(message(3, 1));
+        let moved = Registers {
+            simp: 0x5000 | 1,
+            ..enabled()
+        };
+        slots.set_registers(&memory, moved);
+        assert!(slots.wanted());
+        let mut raised = Vec::new();
+        assert_eq!(slots.write(&memory, |sint| raised.push(sint)), [2]);
+        assert_eq!(raised, [3], "what had no slot yet goes into the new page");
+        let kind: u32 = memory.read_obj(GuestAddress(0x5000 + 3 * 256)).unwrap();
+        assert_eq!(kind, 1);
+        assert_eq!(slots.emptied(&memory), (vec![], false));
+        // A register that leaves the page where it is ends nothing; off and on again does.
+        let moved = Registers { siefp: 0, ..moved };
+        slots.set_registers(&memory, moved);
+        assert!(slots.write(&memory, |_| {}).is_empty());
+        slots.set_registers(&memory, Registers::default());
+        slots.set_registers(&memory, moved);
+        assert_eq!(slots.write(&memory, |_| {}), [3]);
+    }
+
+    #[test]
+    fn one_processor_may_take_the_messages_of_all() {
+        let memory = memory();
+        let all: Vec<Arc<Slots>> = (0..2).map(|_| Arc::default()).collect();
+        for (slots, simp) in all.iter().zip([SIMP, 0x5000]) {
+            let registers = Registers {
+                simp: simp | 1,
+                ..enabled()
+            };
+            slots.set_registers(&memory, registers);
+            slots.queue(message(2, 1));
+            slots.write(&memory, |_| {});
+            slots.queue(message(2, 1));
+            slots.write(&memory, |_| panic!("the slot is in use"));
+        }
+        memory
+            .write_obj(0u32, GuestAddress(0x5000 + 2 * 256))
+            .unwrap();
+        let wanted = Emptied {
+            taken: vec![(1, 2)],
+            again: vec![0, 1],
+        };
+        assert_eq!(all_emptied(&all, &memory), wanted);
+        assert!(all_emptied(&all, &memory).taken.is_empty());
+    }
+
+    #[test]
+    fn a_host_that_comes_back_is_told_every_register_and_the_partitions_once() {
+        let memory = memory();
+        let all: Vec<Arc<Slots>> = (0..3).map(|_| Arc::default()).collect();
+        let told = || {
+            let mut told = Vec::new();
+            tell_all(&all, |vp, msr, value| told.push((vp, msr, value)));
+            told
+        };
+        let partition = |guest_os_id, hypercall| Registers {
+            guest_os_id,
+            hypercall,
+            ..enabled()
+        };
+        all[1].set_registers(&memory, partition(7, 0x6001));
+        let first = told();
+        assert_eq!(
+            first[..2],
+            [(1, MSR_GUEST_OS_ID, 7), (1, MSR_HYPERCALL, 0x6001)]
+        );
+        assert_eq!(first.len(), 2 + 3 * 19);
+        assert!(first.contains(&(1, MSR_SCONTROL, 1)));
+        assert!(first.contains(&(0, MSR_SCONTROL, 0)));
+        // Processor 1 has not looked since another one switched the page off.
+        all[2].set_registers(&memory, partition(0, 0));
+        all[2].set_registers(&memory, Registers::default());
+        let second = told();
+        assert_eq!(
+            second[..2],
+            [(2, MSR_GUEST_OS_ID, 0), (2, MSR_HYPERCALL, 0)]
+        );
+        for entry in [
+            (2, MSR_SIMP, 0),
+            (2, MSR_SCONTROL, 0),
+            (2, MSR_SINT0 + 2, SINT_RESET),
+        ] {
+            assert!(second.contains(&entry), "{entry:x?}");
+        }
+    }
+
+    #[test]
+    fn a_page_outside_memory_counts_as_switched_off() {
+        let memory = memory();
+        for good in [SIMP | 1, SIMP, 0xF000 | 1, 0x10000] {
+            assert_eq!(usable(&memory, good), good);
+        }
+        for bad in [0x10001, u64::MAX, 0xFFFF_FFFF_FFFF_F001] {
+            assert_eq!(usable(&memory, bad), bad & !1);
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::exits::{self, HyperV};
 use crate::kick;
 use crate::memory::Memory;
 use crate::requests::Requests;
-use crate::synic::{Registers, Slots, MSR_GUEST_OS_ID, MSR_HYPERCALL, MSR_SINT0};
+use crate::synic::{self, Registers, Slots, MSR_GUEST_OS_ID, MSR_HYPERCALL, MSR_SINT0};
 
 const SIGNAL_EVENT: u64 = 0x5D;
 const STATUS_INVALID_CONNECTION_ID: u64 = 0x12;
@@ -34,6 +34,8 @@ enum Next {
     Run,
     Hyperv,
     Power(Power),
+    /// The processor cannot go on; its run structure says why.
+    Stuck,
 }
 
 impl Processor {
@@ -70,6 +72,7 @@ impl Processor {
                     }
                 }
                 Next::Power(power) => return Some(power),
+                Next::Stuck => return Some(Power::Crashed(exits::failure(vcpu))),
             }
         }
     }
@@ -84,7 +87,10 @@ impl Processor {
             }
             // A processor that waits for its start has been woken.
             Err(error) if error.errno() == libc::EAGAIN => return Next::Run,
-            Err(_) => return Next::Power(Power::Crashed("KVM cannot run its processor")),
+            Err(error) => {
+                let why = format!("KVM cannot run its processor: {error}");
+                return Next::Power(Power::Crashed(why));
+            }
         };
         match exit {
             VcpuExit::IoOut(port, data) => {
@@ -100,16 +106,15 @@ impl Processor {
             }
             VcpuExit::MmioWrite(..) => Next::Run,
             VcpuExit::Hyperv => Next::Hyperv,
-            VcpuExit::Shutdown => Next::Power(Power::Crashed("triple fault")),
+            VcpuExit::Shutdown => Next::Power(Power::crashed("triple fault")),
             VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => Next::Power(Power::Reset),
             VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _) => {
-                Next::Power(Power::Crashed("the guest reported a crash"))
+                Next::Power(Power::crashed("the guest reported a crash"))
             }
-            VcpuExit::InternalError | VcpuExit::FailEntry(..) => {
-                Next::Power(Power::Crashed("KVM cannot run what its processor is at"))
-            }
-            // An interrupted wait, or an exit that this machine never asked for.
-            _ => Next::Run,
+            // An interrupted wait.
+            VcpuExit::Intr => Next::Run,
+            // KVM failed, or left with something that this machine never asked for: entering anew would meet it again.
+            _ => Next::Stuck,
         }
     }
 
@@ -129,10 +134,10 @@ impl Processor {
             } => {
                 let mut registers = self.slots.registers();
                 registers.control = control;
-                registers.siefp = siefp;
-                registers.simp = simp;
+                registers.siefp = synic::usable(&self.memory, siefp);
+                registers.simp = synic::usable(&self.memory, simp);
                 if read_back(vcpu, &mut registers).is_none() {
-                    return Some(Power::Crashed("KVM does not give its SynIC registers back"));
+                    return Some(Power::crashed("KVM does not give its SynIC registers back"));
                 }
                 self.forward(registers);
             }
@@ -152,8 +157,9 @@ impl Processor {
                 msr,
                 value,
             };
-            // KVM has taken the value already, so a refusal cannot become a fault; the host then has the old value and sends
-            // nothing there. Without a door: all registers are told when it is open again.
+            // KVM has taken the value already, so a refusal cannot become a fault. There is none but for a privilege that
+            // the guest lacks, and then the host has no register of this kind: pages that it would refuse count as switched
+            // off here too (`usable`). Without a door: all registers are told when it is open again.
             if self.requests.ask(&write).is_none() {
                 break;
             }

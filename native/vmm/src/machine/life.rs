@@ -17,7 +17,7 @@ use crate::door::{Answer, Shape, ERROR_STATE};
 use crate::error::{Context, Result};
 use crate::memory::Regions;
 use crate::sandbox;
-use crate::synic::{Registers, Slots, MSR_TIME_REF_COUNT};
+use crate::synic::{self, Slots, MSR_TIME_REF_COUNT};
 use crate::vcpu::Processor;
 use crate::vm::Vm;
 
@@ -242,14 +242,11 @@ impl Machine {
             self.requests.open(Arc::clone(socket));
         }
         if running.reset == Reset::No {
-            for (vp, slots) in (0..).zip(&running.slots) {
-                slots.with_registers(|registers| {
-                    for (msr, value) in registers.changes(&Registers::default()) {
-                        self.requests
-                            .request(&DoorMessage::MsrWrite { vp, msr, value });
-                    }
-                });
-            }
+            // All of them, also those that are as after a reset: the host holds what was written last before the door was lost.
+            synic::tell_all(&running.slots, |vp, msr, value| {
+                self.requests
+                    .request(&DoorMessage::MsrWrite { vp, msr, value });
+            });
         }
         self.say("the host is back");
         Ok(())
@@ -275,39 +272,37 @@ impl Machine {
         }
         running.go();
         let due = running.clock == Clock::Due;
-        let processors = 0..running.shape.vp_count;
         // What was acknowledged while no EOM could be sent.
-        processors
-            .into_iter()
-            .try_for_each(|vp| self.acknowledged(u64::from(vp)))?;
+        self.look_for_taken();
         if due {
             self.ask_for_time();
         }
         Ok(())
     }
 
-    /// The guest ended an interrupt or wrote EOM: which messages has it taken?
+    /// The guest ended an interrupt or wrote EOM on this processor.
     pub(super) fn acknowledged(&mut self, vp: u64) -> Result<()> {
-        let Some(running) = &self.running else {
-            return Ok(());
-        };
-        let (Some(vm), Some(slots)) = (&running.vm, running.slots.get(vp as usize)) else {
-            return Ok(());
-        };
-        if let Some(event) = vm.acknowledged().get(vp as usize) {
+        let vm = self.running.as_ref().and_then(|it| it.vm.as_ref());
+        if let Some(event) = vm.and_then(|vm| vm.acknowledged().get(vp as usize)) {
             drain(event)?;
-        }
-        if running.parked {
-            return Ok(());
-        }
-        let (taken, again) = slots.emptied(&running.regions.memory);
-        if again {
-            running.control.kick(vp as u32);
-        }
-        for sint in taken {
-            self.end_message(vp as u32, sint);
+            self.look_for_taken();
         }
         Ok(())
+    }
+
+    /// Which messages has the guest taken? Of every processor: one that crashed takes, on one processor, what lies in the
+    /// others' slots too, and writes EOM on its own alone.
+    fn look_for_taken(&mut self) {
+        let Some(running) = self.running.as_ref().filter(|running| !running.parked) else {
+            return;
+        };
+        let emptied = synic::all_emptied(&running.slots, &running.regions.memory);
+        for vp in emptied.again {
+            running.control.kick(vp);
+        }
+        for (vp, sint) in emptied.taken {
+            self.end_message(vp, sint);
+        }
     }
 
     pub(super) fn end_message(&mut self, vp: u32, sint: u32) {
