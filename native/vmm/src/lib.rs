@@ -16,6 +16,7 @@ pub mod devices;
 pub mod door;
 pub mod error;
 mod exits;
+pub mod failure;
 mod kick;
 pub mod machine;
 pub mod memory;

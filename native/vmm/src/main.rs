@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use vswitch_vmm::args::{self, Command};
 use vswitch_vmm::error::Error;
-use vswitch_vmm::{probe, start};
+use vswitch_vmm::{failure, probe, start};
 
 const REFUSED: u8 = 1;
 
@@ -14,6 +14,7 @@ fn refuse(error: &Error) -> ExitCode {
 }
 
 fn main() -> ExitCode {
+    failure::end_on_panic();
     match args::parse(std::env::args_os().skip(1)) {
         Ok(Command::Help) => {
             print!("{}", args::USAGE);

@@ -64,6 +64,16 @@ pub fn limit(resource: libc::__rlimit_resource_t, most: u64) -> io::Result<()> {
     check(unsafe { libc::setrlimit(resource, &now) })
 }
 
+/// One heap for all threads. Giving memory of another one back, glibc reads a file in /proc the first time, which the sandbox
+/// does not let it; and a few threads that seldom allocate gain nothing by heaps of their own.
+pub fn one_heap() -> io::Result<()> {
+    // SAFETY: a parameter with a plain number; no other thread allocates yet.
+    if unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) } == 0 {
+        return Err(io::Error::from(io::ErrorKind::Unsupported));
+    }
+    Ok(())
+}
+
 /// Runs this thread, and those it starts, on these host processors alone.
 pub fn set_affinity(cpus: &[usize]) -> io::Result<()> {
     // SAFETY: an all-zero set is valid and empty.

@@ -160,5 +160,6 @@ pub fn give_up_privileges() -> Result<()> {
     privileges::no_capabilities().context("capabilities")?;
     privileges::not_dumpable().context("PR_SET_DUMPABLE")?;
     privileges::limit(libc::RLIMIT_CORE, 0).context("RLIMIT_CORE")?;
-    privileges::limit(libc::RLIMIT_NOFILE, MOST_FILES).context("RLIMIT_NOFILE")
+    privileges::limit(libc::RLIMIT_NOFILE, MOST_FILES).context("RLIMIT_NOFILE")?;
+    privileges::one_heap().context("M_ARENA_MAX")
 }

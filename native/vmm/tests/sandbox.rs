@@ -5,7 +5,7 @@
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 
-use vswitch_vmm::sandbox;
+use vswitch_vmm::{failure, sandbox};
 
 const ATTEMPT: &str = "VSWITCH_VMM_ATTEMPT";
 
@@ -57,6 +57,48 @@ fn ends(which: &str) -> std::process::ExitStatus {
         .env(ATTEMPT, which)
         .status()
         .unwrap()
+}
+
+/// In a process of its own whose test thread is its first one: what a processor's thread does in its sandbox.
+fn in_a_processors_thread(test: &str, act: fn()) -> std::process::Output {
+    if std::env::var(ATTEMPT).is_ok() {
+        failure::end_on_panic();
+        sandbox::give_up_privileges().unwrap();
+        let thread = std::thread::spawn(move || {
+            sandbox::confine_processor().unwrap();
+            act();
+        });
+        let ended = thread.join();
+        std::process::exit(i32::from(ended.is_err()));
+    }
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command
+        .args([test, "--exact", "--nocapture", "--test-threads=1"])
+        .env(ATTEMPT, "in a thread");
+    command.output().unwrap()
+}
+
+#[test]
+fn a_panic_in_any_thread_ends_the_process_in_words() {
+    let test = "a_panic_in_any_thread_ends_the_process_in_words";
+    let ended = in_a_processors_thread(test, || panic!("as the test says"));
+    let words = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(failure::STATUS), "{words}");
+    assert!(words.contains("vswitch-vmm: a fault of its own"), "{words}");
+    assert!(
+        words.contains("tests/sandbox.rs") && words.contains("as the test says"),
+        "{words}"
+    );
+}
+
+#[test]
+fn a_processors_thread_may_give_memory_back() {
+    let ended = in_a_processors_thread("a_processors_thread_may_give_memory_back", || {
+        // Below the size that is mapped on its own: the heap grows, and shrinks.
+        let pieces: Vec<Vec<u8>> = (0..1000).map(|_| vec![1; 32 << 10]).collect();
+        drop(pieces);
+    });
+    assert_eq!(ended.status.code(), Some(0), "{}", ended.status);
 }
 
 #[test]

@@ -33,6 +33,8 @@ pub enum End {
     Off = 0,
     Crashed = 3,
     Abandoned = 4,
+    /// Somebody on this machine ended it, with a signal.
+    Terminated = 5,
 }
 
 const ERROR_INTERNAL: u32 = 8;
@@ -179,7 +181,8 @@ impl Machine {
                 Ok(())
             }
             TERMINATED => {
-                self.end = Some(End::Off);
+                self.say("told to end by a signal");
+                self.end = Some(End::Terminated);
                 Ok(())
             }
             OUTPUT => {
