@@ -21,6 +21,8 @@ CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),
     # A channel of its own back-off, not that of an earlier one to a daemon that was not there yet.
     ("grpc.use_local_subchannel_pool", 1),
+    # As much as the daemon takes: gRPC's own 4 MiB are less than 256 large sends.
+    ("grpc.max_receive_message_length", 18 << 20),
 )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,6 +17,8 @@ from vswitchd.switches import PortRecord, SwitchManager
 
 MAX_FRAMES = 256
 FRAME_BYTES = range(14, 65536)
+# Of an answer: clients need not take messages as long as ours, and gRPC's own limit is 4 MiB.
+MESSAGE_BYTES = 1 << 20
 
 
 def checked_frames(field_name: str, frames: Iterable[port_pb2.Frame]) -> list[bytes]:
@@ -31,6 +33,20 @@ def checked_frames(field_name: str, frames: Iterable[port_pb2.Frame]) -> list[by
                 f"{len(frame)} bytes; a frame has {FRAME_BYTES.start} to {FRAME_BYTES.stop - 1}",
             )
     return data
+
+
+def answers(frames: Iterable[bytes]) -> Iterator[port_pb2.PortIoResponse]:
+    """The frames in as few messages as the bounds allow."""
+    batch: list[port_pb2.Frame] = []
+    size = 0
+    for frame in frames:
+        if batch and (len(batch) == MAX_FRAMES or size + len(frame) > MESSAGE_BYTES):
+            yield port_pb2.PortIoResponse(frames=port_pb2.PortIoFrames(frames=batch))
+            batch, size = [], 0
+        batch.append(port_pb2.Frame(data=frame))
+        size += len(frame)
+    if batch:
+        yield port_pb2.PortIoResponse(frames=port_pb2.PortIoFrames(frames=batch))
 
 
 class PortIo:
@@ -92,11 +108,8 @@ class PortIo:
                     finally:
                         waiting.cancel()
                     ready.clear()
-                    frames = [port_pb2.Frame(data=data) for data in receive()]
-                    for start in range(0, len(frames), MAX_FRAMES):
-                        yield port_pb2.PortIoResponse(
-                            frames=port_pb2.PortIoFrames(frames=frames[start : start + MAX_FRAMES])
-                        )
+                    for answer in answers(receive()):
+                        yield answer
                 reader.result()
             finally:
                 loop.remove_reader(fd)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import struct
+from collections.abc import Iterable, Iterator
 
 LINKTYPE_ETHERNET = 1
 LINKTYPE_USER0 = 147
@@ -47,8 +48,23 @@ _ISB_IFRECV = 4
 _ISB_IFDROP = 5
 _ISB_USRDELIV = 8
 
+PIECE_BYTES = 1 << 20
+"""What a reader that takes the file by messages has to take at once."""
+
 _NANOSECONDS = b"\x09"
 _MAX_TEXT = 65535
+
+
+def in_pieces(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Blocks joined to pieces of at most `PIECE_BYTES`, unless one block alone is longer."""
+    piece = bytearray()
+    for block in blocks:
+        if piece and len(piece) + len(block) > PIECE_BYTES:
+            yield bytes(piece)
+            piece.clear()
+        piece += block
+    if piece:
+        yield bytes(piece)
 
 
 class PcapngWriter:

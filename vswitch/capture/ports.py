@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -23,7 +23,7 @@ from vswitch.endpoint import Checksum
 from vswitch.engine import CapturedFrame, CaptureTap
 
 READ_FRAMES = 512
-"""Frames encoded into one piece."""
+"""Frames taken from the tap at once."""
 
 
 @dataclass(slots=True)
@@ -83,7 +83,8 @@ class PortCapture:
                 stopping = self._stopped.is_set()
                 frames = self._tap.read(READ_FRAMES)
                 if frames:
-                    yield self.encode(frames)
+                    for piece in pcapng.in_pieces(self._encode(frames)):
+                        yield piece
                 elif stopping:
                     break
                 else:
@@ -104,15 +105,6 @@ class PortCapture:
                 async for piece in pieces:
                     await asyncio.to_thread(_write, stream, piece)
 
-    def encode(self, frames: list[CapturedFrame]) -> bytes:
-        """The blocks of these sightings, as far as the packet limit allows."""
-        blocks = []
-        for frame in frames:
-            if self._finished():
-                break
-            blocks.append(self._encode_one(frame))
-        return b"".join(blocks)
-
     def statistics(self) -> bytes:
         """The closing block of each interface."""
         now = time.time_ns()
@@ -127,6 +119,13 @@ class PortCapture:
             )
             for index, interface in enumerate(self._interfaces.values())
         )
+
+    def _encode(self, frames: list[CapturedFrame]) -> Iterator[bytes]:
+        """The blocks of these sightings, as far as the packet limit allows."""
+        for frame in frames:
+            if self._finished():
+                break
+            yield self._encode_one(frame)
 
     def _finished(self) -> bool:
         return 0 < self._packet_limit <= self.packets

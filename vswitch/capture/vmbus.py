@@ -16,7 +16,7 @@ import asyncio
 import struct
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Literal
 
 from vswitch.capture import pcapng
@@ -79,7 +79,8 @@ class VmbusCapture:
         while not 0 < self._packet_limit <= self.packets:
             self._waiting.clear()
             if self._queue:
-                yield self._encode(number)
+                for piece in pcapng.in_pieces(self._encode(number)):
+                    yield piece
             elif self._stopped:
                 break
             else:
@@ -106,17 +107,13 @@ class VmbusCapture:
         self._queued_bytes += len(kept)
         self._waiting.set()
 
-    def _encode(self, number: int) -> bytes:
-        blocks = []
+    def _encode(self, number: int) -> Iterator[bytes]:
         while self._queue and not 0 < self._packet_limit <= self.packets:
             timestamp_ns, kept, length, direction = self._queue.popleft()
             self._queued_bytes -= len(kept)
             self.packets += 1
             lost, self._lost_told = self.lost - self._lost_told, self.lost
             flags = pcapng.DIRECTION_INBOUND if direction == "in" else pcapng.DIRECTION_OUTBOUND
-            blocks.append(
-                self._writer.packet(
-                    number, timestamp_ns, kept, length, flags=flags, packet_id=self.packets, lost=lost
-                )
+            yield self._writer.packet(
+                number, timestamp_ns, kept, length, flags=flags, packet_id=self.packets, lost=lost
             )
-        return b"".join(blocks)

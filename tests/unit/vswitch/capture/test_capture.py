@@ -179,6 +179,21 @@ async def test_frames_stream_as_they_come_and_the_limit_ends_the_capture() -> No
     assert capture.packets == 2
 
 
+async def test_pieces_are_bounded_in_bytes() -> None:
+    tap = FedTap()
+    capture = PortCapture(tap, NAMES.__getitem__)
+    tap.feed(*[sighting(1, "in", number, bytes(60_000)) for number in range(40)])
+    capture.stop()
+    vmbus = VmbusCapture("a")
+    for number in range(20):
+        vmbus.observe_packet("in", 1, bytes(200_000), T0 + number)
+    vmbus.stop()
+    for running, count in ((capture, 40), (vmbus, 20)):
+        pieces = [piece async for piece in running]
+        assert max(map(len, pieces)) <= 1 << 20
+        assert len(records(b"".join(pieces))) == count
+
+
 async def test_a_stop_delivers_what_waits_and_the_statistics() -> None:
     tap = FedTap()
     capture = PortCapture(tap, NAMES.__getitem__)
