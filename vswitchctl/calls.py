@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 # Starting a guest or an extension means starting a Python; a loaded machine takes its time.
 SLOW_CALL_SECONDS = 60.0
+# The longest google.protobuf.Duration.
+MAX_DURATION_SECONDS = 315_576_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,7 @@ def delete_switch(name: str, *, force: bool = False) -> Call[None]:
         switch_pb2.DeleteSwitchRequest(name=names.switch(name), force=force),
         switch_pb2.DeleteSwitchResponse,
         _nothing,
+        timeout=SLOW_CALL_SECONDS if force else None,
     )
 
 
@@ -203,6 +206,7 @@ def delete_port(name: str, *, force: bool = False) -> Call[None]:
         port_pb2.DeletePortRequest(name=names.port(name), force=force),
         port_pb2.DeletePortResponse,
         _nothing,
+        timeout=SLOW_CALL_SECONDS if force else None,
     )
 
 
@@ -587,6 +591,8 @@ def _hosts(hosts: Mapping[str, Sequence[str]] | None) -> dict[str, partition_pb2
 
 
 def _duration(seconds: float) -> Duration:
+    if not 0 <= seconds <= MAX_DURATION_SECONDS:
+        raise ValueError(f"{seconds} seconds; give 0 to {MAX_DURATION_SECONDS}")
     return Duration(seconds=int(seconds), nanos=int((seconds % 1) * 1_000_000_000))
 
 
