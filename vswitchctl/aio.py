@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, ParamSpec, Self, TypeVar
+from typing import Any, Generic, NoReturn, ParamSpec, Self, TypeVar
 
 import grpc
 import grpc.aio
@@ -24,7 +24,7 @@ from vswitch_api.v1 import (
     watch_pb2,
 )
 from vswitchctl import calls, names, paths, transport
-from vswitchctl.errors import from_rpc_error
+from vswitchctl.errors import rpc_errors
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -170,10 +170,9 @@ class AsyncClient:
             request_serializer=port_pb2.InjectFramesRequest.SerializeToString,
             response_deserializer=port_pb2.InjectFramesResponse.FromString,
         )
-        try:
-            done = await method(iter(requests()), timeout=self.timeout)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, str(self.socket)) from None
+        # Without a deadline: frames may come as slowly as they like.
+        with rpc_errors(str(self.socket)):
+            done = await method(iter(requests()))
         if broken:
             raise broken[0]
         return done
@@ -192,10 +191,9 @@ class AsyncClient:
             response_deserializer=watch_pb2.WatchResponse.FromString,
         )(request)
         try:
-            async for response in stream:
-                yield response
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, str(self.socket)) from None
+            with rpc_errors(str(self.socket)):
+                async for response in stream:
+                    yield response
         finally:
             stream.cancel()
 
@@ -226,10 +224,11 @@ class AsyncClient:
         )(request)
         try:
             responses = aiter(stream)
-            first = await anext(responses)
+            with rpc_errors(str(self.socket)):
+                first = await anext(responses, None)
+                if first is None:
+                    await _raise_status(stream)
             yield CaptureStream(first, responses, str(self.socket))
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, str(self.socket)) from None
         finally:
             stream.cancel()
 
@@ -251,25 +250,9 @@ class AsyncClient:
             partition=names.partition(partition), argv=argv, env=env or {}, cwd=cwd, terminal=size
         )
         request = partition_pb2.ExecRequest(start=start)
-        self._observe("PartitionService/Exec", request)
-        stream: Any = self.channel.stream_stream(
-            transport.path_of("PartitionService/Exec"),
-            request_serializer=partition_pb2.ExecRequest.SerializeToString,
-            response_deserializer=partition_pb2.ExecResponse.FromString,
-        )()
-        try:
-            await stream.write(request)
-            first = await stream.read()
-            if first is not grpc.aio.EOF:
-                yield ExecStream(stream, first)
-            else:
-                await _raise_status(stream)
-        except (grpc.RpcError, asyncio.InvalidStateError) as error:
-            if isinstance(error, grpc.RpcError):
-                raise from_rpc_error(error, str(self.socket)) from None
-            await self._fail(stream)
-        finally:
-            stream.cancel()
+        method = "PartitionService/Exec"
+        async with self._stream(method, request, partition_pb2.ExecResponse) as (stream, first):
+            yield ExecStream(stream, first, str(self.socket))
 
     @asynccontextmanager
     async def console(self, partition: str, *, take_over: bool = False) -> AsyncIterator[ConsoleStream]:
@@ -278,23 +261,9 @@ class AsyncClient:
         """
         opening = partition_pb2.ConsoleOpen(partition=names.partition(partition), take_over=take_over)
         request = partition_pb2.ConsoleRequest(open=opening)
-        self._observe("PartitionService/Console", request)
-        stream: Any = self.channel.stream_stream(
-            transport.path_of("PartitionService/Console"),
-            request_serializer=partition_pb2.ConsoleRequest.SerializeToString,
-            response_deserializer=partition_pb2.ConsoleResponse.FromString,
-        )()
-        try:
-            await stream.write(request)
-            if await stream.read() is grpc.aio.EOF:
-                await _raise_status(stream)
-            yield ConsoleStream(stream)
-        except (grpc.RpcError, asyncio.InvalidStateError) as error:
-            if isinstance(error, grpc.RpcError):
-                raise from_rpc_error(error, str(self.socket)) from None
-            await self._fail(stream)
-        finally:
-            stream.cancel()
+        method = "PartitionService/Console"
+        async with self._stream(method, request, partition_pb2.ConsoleResponse) as (stream, _):
+            yield ConsoleStream(stream, str(self.socket))
 
     async def run_in(
         self,
@@ -311,13 +280,17 @@ class AsyncClient:
         """
         output: dict[str, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
         async with asyncio.timeout(timeout), self.exec(partition, argv, env=env, cwd=cwd) as command:
-            for offset in range(0, len(stdin), 65536):
-                await command.write(stdin[offset : offset + 65536])
-            await command.close_stdin()
-            async for response in command:
-                kind = response.WhichOneof("message")
-                if kind in ("stdout", "stderr"):
-                    output[kind] += getattr(response, kind)
+            # Beside the reading: a command that answers while it reads would wait for us, and we for it.
+            feeding = asyncio.ensure_future(_feed(command, stdin))
+            try:
+                async for response in command:
+                    kind = response.WhichOneof("message")
+                    if kind in ("stdout", "stderr"):
+                        output[kind] += getattr(response, kind)
+            finally:
+                feeding.cancel()
+                # What failed it has ended the output as well, which was told.
+                await asyncio.gather(feeding, return_exceptions=True)
         assert command.exit is not None
         return CompletedExec(
             tuple(argv),
@@ -333,30 +306,31 @@ class AsyncClient:
         """A socket on a port: as its NIC, or with `monitor` beside the NIC that is there."""
         mode = port_pb2.PORT_IO_MODE_MONITOR if monitor else port_pb2.PORT_IO_MODE_ENDPOINT
         request = port_pb2.PortIoRequest(open=port_pb2.PortIoOpen(port=names.port(port), mode=mode))
-        self._observe("PortService/PortIo", request)
-        stream = self.channel.stream_stream(
-            transport.path_of("PortService/PortIo"),
-            request_serializer=port_pb2.PortIoRequest.SerializeToString,
-            response_deserializer=port_pb2.PortIoResponse.FromString,
+        async with self._stream("PortService/PortIo", request, port_pb2.PortIoResponse) as (stream, _):
+            yield PortSocket(stream, str(self.socket))
+
+    @asynccontextmanager
+    async def _stream(
+        self, method: str, request: Message, response: type[Message]
+    ) -> AsyncIterator[tuple[Any, Any]]:
+        """A stream in both directions that was opened with `request`, and its first answer; leaving the
+        block ends it.
+        """
+        self._observe(method, request)
+        stream: Any = self.channel.stream_stream(
+            transport.path_of(method),
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=response.FromString,
         )()
         try:
-            await stream.write(request)
-            if await stream.read() is grpc.aio.EOF:
-                await _raise_status(stream)
-            yield PortSocket(stream)
-        except (grpc.RpcError, asyncio.InvalidStateError) as error:
-            if isinstance(error, grpc.RpcError):
-                raise from_rpc_error(error, str(self.socket)) from None
-            await self._fail(stream)
+            with rpc_errors(str(self.socket)):
+                await _write(stream, request)
+                first = await stream.read()
+                if first is grpc.aio.EOF:
+                    await _raise_status(stream)
+            yield stream, first
         finally:
             stream.cancel()
-
-    async def _fail(self, stream: Any) -> None:
-        """Raises the status of a stream that ended while something was written to it."""
-        try:
-            await _raise_status(stream)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, str(self.socket)) from None
 
     async def _unary(
         self, method: str, request: Message, response: type[Message], seconds: float | None
@@ -367,25 +341,39 @@ class AsyncClient:
             request_serializer=type(request).SerializeToString,
             response_deserializer=response.FromString,
         )
-        try:
+        with rpc_errors(str(self.socket)):
             answer: Message = await invoke(request, timeout=max(seconds or 0.0, self.timeout))
-            return answer
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, str(self.socket)) from None
+        return answer
 
     def _observe(self, method: str, request: Message) -> None:
         if self.on_call is not None:
             self.on_call(f"{transport.PACKAGE}.{method}", request)
 
 
-async def _raise_status(stream: Any) -> None:
-    """Raises how the server ended `stream`; a good end while an answer was due is an error of the server."""
+async def _feed(command: ExecStream, stdin: bytes) -> None:
+    for offset in range(0, len(stdin), 65536):
+        await command.write(stdin[offset : offset + 65536])
+    await command.close_stdin()
+
+
+async def _write(stream: Any, request: Message) -> None:
+    try:
+        await stream.write(request)
+    except asyncio.InvalidStateError:
+        # Of a stream that is over; how it ended says more.
+        if not stream.done():
+            raise
+        await _raise_status(stream)
+
+
+async def _raise_status(stream: Any) -> NoReturn:
+    """Raises how the server ended `stream`; a good end while more was due is an error of the server."""
     code = await stream.code()
     raise grpc.aio.AioRpcError(
         code if code != grpc.StatusCode.OK else grpc.StatusCode.UNKNOWN,
         await stream.initial_metadata(),
         await stream.trailing_metadata(),
-        await stream.details() or "the stream ended before its first answer",
+        await stream.details() or "the daemon ended the stream",
     )
 
 
@@ -424,22 +412,21 @@ class CaptureStream:
     async def __aiter__(self) -> AsyncIterator[bytes]:
         if self._first:
             yield self._first
-        try:
+        with rpc_errors(self._target):
             async for response in self._responses:
                 if response.HasField("capture"):
                     self.capture = response.capture
                 if response.pcapng:
                     yield response.pcapng
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self._target) from None
 
 
 class ExecStream:
     """A running command. Iterate over it for its output; `exit` is set when that ends."""
 
-    def __init__(self, stream: Any, first: partition_pb2.ExecResponse) -> None:
+    def __init__(self, stream: Any, first: partition_pb2.ExecResponse, target: str) -> None:
         self._stream = stream
         self._first = first
+        self._target = target
         self.exit: partition_pb2.ExecExit | None = None
 
     async def write(self, data: bytes) -> None:
@@ -459,10 +446,8 @@ class ExecStream:
 
     async def _send(self, request: partition_pb2.ExecRequest) -> None:
         # A command may end at any time; what is written to it afterwards has nowhere to go.
-        try:
+        with rpc_errors(self._target), contextlib.suppress(asyncio.InvalidStateError):
             await self._stream.write(request)
-        except asyncio.InvalidStateError:
-            return
 
     async def __aiter__(self) -> AsyncIterator[partition_pb2.ExecResponse]:
         response: Any = self._first
@@ -473,51 +458,59 @@ class ExecStream:
                 with contextlib.suppress(asyncio.InvalidStateError):
                     await self._stream.done_writing()
             yield response
-            response = await self._stream.read()
+            with rpc_errors(self._target):
+                response = await self._stream.read()
         if self.exit is None:
-            await _raise_status(self._stream)
+            with rpc_errors(self._target):
+                await _raise_status(self._stream)
 
 
 class ConsoleStream:
     """A serial console. Iterate over it for its output; `detail` says why it ended."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, target: str) -> None:
         self._stream = stream
+        self._target = target
         self.detail = ""
 
     async def write(self, data: bytes) -> None:
         """Keys, at most 64 KiB at once; nothing when the console has ended."""
-        with contextlib.suppress(asyncio.InvalidStateError):
+        with rpc_errors(self._target), contextlib.suppress(asyncio.InvalidStateError):
             await self._stream.write(partition_pb2.ConsoleRequest(input=data))
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        while (response := await self._stream.read()) is not grpc.aio.EOF:
-            if response.WhichOneof("message") == "end":
-                self.detail = response.end.detail
-                return
-            yield response.output
-        await _raise_status(self._stream)
+        with rpc_errors(self._target):
+            while (response := await self._stream.read()) is not grpc.aio.EOF:
+                if response.WhichOneof("message") == "end":
+                    self.detail = response.end.detail
+                    return
+                yield response.output
+            await _raise_status(self._stream)
 
 
 class PortSocket:
     """Frames in and out of a port."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, target: str) -> None:
         self._stream = stream
+        self._target = target
         self._frames: list[bytes] = []
 
     async def send(self, *frames: bytes) -> None:
         for batch in frame_batches(frames):
-            await self._stream.write(port_pb2.PortIoRequest(frames=port_pb2.PortIoFrames(frames=batch)))
+            request = port_pb2.PortIoRequest(frames=port_pb2.PortIoFrames(frames=batch))
+            with rpc_errors(self._target):
+                await _write(self._stream, request)
 
     async def receive(self) -> bytes:
         """The next frame; EOFError when the daemon ended the stream."""
         while not self._frames:
-            response = await self._stream.read()
-            if response is grpc.aio.EOF:
-                code = await self._stream.code()
-                if code != grpc.StatusCode.OK:
+            with rpc_errors(self._target):
+                response = await self._stream.read()
+                ended = response is grpc.aio.EOF
+                if ended and await self._stream.code() != grpc.StatusCode.OK:
                     await _raise_status(self._stream)
+            if ended:
                 raise EOFError("the port's stream has ended")
             self._frames = [frame.data for frame in reversed(response.frames.frames)]
         return self._frames.pop()

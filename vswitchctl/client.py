@@ -22,7 +22,7 @@ from google.protobuf.message import Message
 from vswitch_api.v1 import capture_pb2, partition_pb2, port_pb2, watch_pb2
 from vswitchctl import calls, names, paths, transport
 from vswitchctl.aio import AsyncClient, CompletedExec, frame_batches
-from vswitchctl.errors import VswitchError, from_rpc_error
+from vswitchctl.errors import VswitchError, rpc_errors
 
 __all__ = ["AsyncClient", "Client", "CompletedExec", "VswitchError"]
 
@@ -167,10 +167,9 @@ class Client:
             request_serializer=port_pb2.InjectFramesRequest.SerializeToString,
             response_deserializer=port_pb2.InjectFramesResponse.FromString,
         )
-        try:
-            done = method(requests(), timeout=self.timeout)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, str(self.socket)) from None
+        # Without a deadline: frames may come as slowly as they like.
+        with rpc_errors(str(self.socket)):
+            done = method(requests())
         if broken:
             raise broken[0]
         return done
@@ -189,9 +188,8 @@ class Client:
             response_deserializer=watch_pb2.WatchResponse.FromString,
         )(request)
         try:
-            yield from stream
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, str(self.socket)) from None
+            with rpc_errors(str(self.socket)):
+                yield from stream
         finally:
             stream.cancel()
 
@@ -223,12 +221,15 @@ class Client:
 
         def responses(first: capture_pb2.CaptureResponse) -> Iterator[capture_pb2.CaptureResponse]:
             yield first
-            yield from stream
+            with rpc_errors(str(self.socket)):
+                yield from stream
 
         try:
-            yield responses(next(stream))
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, str(self.socket)) from None
+            with rpc_errors(str(self.socket)):
+                first = next(stream, None)
+            if first is None:
+                raise VswitchError(grpc.StatusCode.UNKNOWN, "the daemon ended the stream")
+            yield responses(first)
         finally:
             stream.cancel()
 
@@ -264,15 +265,13 @@ class Client:
             request_serializer=partition_pb2.ExecRequest.SerializeToString,
             response_deserializer=partition_pb2.ExecResponse.FromString,
         )(requests(), timeout=timeout)
-        try:
+        with rpc_errors(str(self.socket)):
             for response in stream:
                 kind = response.WhichOneof("message")
                 if kind in ("stdout", "stderr"):
                     output[kind] += getattr(response, kind)
                 elif kind == "exit":
                     end = response.exit
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, str(self.socket)) from None
         return CompletedExec(
             tuple(argv), end.status, end.signal, end.detail, bytes(output["stdout"]), bytes(output["stderr"])
         )
@@ -286,11 +285,9 @@ class Client:
             request_serializer=type(request).SerializeToString,
             response_deserializer=response.FromString,
         )
-        try:
+        with rpc_errors(str(self.socket)):
             answer: Message = invoke(request, timeout=max(timeout or 0.0, self.timeout))
-            return answer
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, str(self.socket)) from None
+        return answer
 
     def _observe(self, method: str, request: Message) -> None:
         if self.on_call is not None:

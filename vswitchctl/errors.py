@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +39,15 @@ class VswitchError(Exception):
 
 class DaemonUnavailable(VswitchError):
     """No daemon answers on the socket."""
+
+
+@contextmanager
+def rpc_errors(target: str) -> Iterator[None]:
+    """Failures of calls to `target` in the block, as `VswitchError`."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise from_rpc_error(error, target) from None
 
 
 def from_rpc_error(error: grpc.RpcError, target: str) -> VswitchError:
