@@ -54,8 +54,16 @@ class BoundInterrupt:
         # An eventfd nobody reads stands in while the guest wants no interrupts: the data path needs no
         # second case.
         self._parked_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.interrupt: Interrupt = synic_state.interrupt_type(synic_state.memory, self._parked_fd)
-        self.update()
+        try:
+            self.interrupt: Interrupt = synic_state.interrupt_type(synic_state.memory, self._parked_fd)
+        except BaseException:
+            os.close(self._parked_fd)
+            raise
+        try:
+            self.update()
+        except BaseException:
+            self.close()
+            raise
 
     def move(self, vp: int | None) -> None:
         """Interrupt this VP from now on; None = no interrupts."""

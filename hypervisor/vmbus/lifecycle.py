@@ -36,20 +36,30 @@ class ChannelLifecycle:
     def start_open(self, channel: Channel, message: vmbus.OpenChannel) -> None:
         """Open a closed channel. The guest is answered when the device has, at once for a bad request."""
         assert channel.device is not None
+        doorbell = -1
         try:
             vp: int | None = message.target_vp
             if vp == vmbus.TARGET_VP_DISABLED:
                 vp = None
             elif message.target_vp >= len(self._synic.processors):
-                raise WireError(f"OPENCHANNEL: virtual processor {message.target_vp} does not exist")
+                raise WireError(f"virtual processor {message.target_vp} does not exist")
+            # Descriptors first: where they fail nothing else has to be given back.
+            doorbell = self._doorbell(channel)
+            channel.interrupt = self._synic.bind(channel.relid, self._server.sint, vp)
             pfns = self._server.gpadls.ring(channel.relid, message.ring_gpadl, message.downstream_page_offset)
-        except WireError as error:
-            self._server.error(str(error))
+        except (WireError, OSError) as error:
+            if isinstance(error, OSError):
+                _log.warning(
+                    "partition %s: channel %d cannot be opened: %s", self._server.name, channel.relid, error
+                )
+            if doorbell >= 0:
+                os.close(doorbell)
+            channel.drop_resources()
+            self._server.error(f"OPENCHANNEL of channel {channel.relid}: {error}")
             self._server.send(
                 vmbus.OpenChannelResult(message.relid, message.open_id, vmbus.STATUS_UNSUCCESSFUL)
             )
             return
-        channel.interrupt = self._synic.bind(channel.relid, self._server.sint, vp)
         channel.opened = opened = OpenedChannel(
             relid=channel.relid,
             open_id=message.open_id,
@@ -57,7 +67,7 @@ class ChannelLifecycle:
             memory=self._synic.memory,
             ring_pfns=pfns,
             downstream_page_offset=message.downstream_page_offset,
-            doorbell_fd=self._doorbell(channel),
+            doorbell_fd=doorbell,
             interrupt=channel.interrupt.interrupt,
             user_data=message.user_data,
             gpadl=functools.partial(self._server.gpadls.use, channel.relid),

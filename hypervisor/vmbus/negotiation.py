@@ -61,9 +61,10 @@ def negotiate(
     valid = bool(message.parent_to_child_monitor_gpa) == bool(message.child_to_parent_monitor_gpa)
     valid = valid and (vp_exists or not honoured)
     if version >= VmbusVersion.WIN10_RS3_1:
-        sint_exists = 0 < message.sint < HV_SYNIC_SINT_COUNT
-        valid = valid and sint_exists
-        sint = message.sint if sint_exists else sint
+        # The answer goes where the guest listens. A connection has the SINT that every guest uses: a virtual
+        # machine monitor binds the interrupt eventfds to it before there is any contact.
+        valid = valid and message.sint == sint
+        sint = message.sint if 0 < message.sint < HV_SYNIC_SINT_COUNT else sint
     if version >= VmbusVersion.WIN10_RS4:
         valid = valid and message.vtl == 0
     copper = version >= VmbusVersion.COPPER

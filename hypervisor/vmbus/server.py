@@ -189,21 +189,25 @@ class VmbusServer:
     async def detached(self) -> None:
         """The door is lost: close every channel; what was offered stays known for `resumed()`."""
         self._attached = False
-        if self._resetting is not None:
-            await asyncio.wait({self._resetting})
-        self._queue.clear()
+        await self._settled()
         await self._close_all()
         self.gpadls.clear()
 
     async def reset(self) -> None:
         """The guest starts anew: close every channel; whatever it was offered or told holds no more."""
-        if self._resetting is not None:
-            await asyncio.wait({self._resetting})
-        self._queue.clear()
+        await self._settled()
         self._reset(lambda: None)
-        assert self._resetting is not None
-        await asyncio.wait({self._resetting})
+        await self._settled()
         self._vp, self.sint = 0, vmbus.VMBUS_MESSAGE_SINT
+
+    async def _settled(self) -> None:
+        """Returns when nothing that the guest posted is waited for or waits: the end of one contact may begin
+        the next one.
+        """
+        self._queue.clear()
+        while self._resetting is not None:
+            await asyncio.wait({self._resetting})
+            self._queue.clear()
 
     async def close(self) -> None:
         """Close everything for good."""
@@ -318,8 +322,12 @@ class VmbusServer:
 
     # --- channels ---
 
+    @property
+    def _most_channels(self) -> int:
+        return min(self._quotas.channels, vmbus.MAXIMUM_RELID)
+
     def _add_channel(self, key: tuple[UUID, UUID, int], device: VmbusDevice | None) -> Channel:
-        if len(self._channels) >= min(self._quotas.channels, vmbus.MAXIMUM_RELID):
+        if len(self._channels) >= self._most_channels:
             raise RuntimeError(f"partition {self.name}: {len(self._channels)} channels, no more are allowed")
         relid = self._relids.get(key, 0)
         if not relid or relid in self._channels:
@@ -411,23 +419,36 @@ class VmbusServer:
     def offer_sub_channels(self, primary: Channel, count: int) -> None:
         """`OpenedChannel.offer_sub_channels`. ValueError for more than the device has.
 
-        Of a channel that is on its way out none are offered: the guest is told of its end instead.
+        Of a channel that is on its way out none are offered: the guest is told of its end instead. Nor are
+        any while there is no room for them; that is the guest's own fault, counted as an error.
         """
         device = primary.device
         if primary.leaving:
             return
         if device is None or count > device.sub_channel_limit:
             raise ValueError(f"channel {primary.relid}: {count} sub-channels are more than the device has")
-        for index in range(1, count + 1):
-            key = (primary.class_id, primary.instance_id, index)
-            # One that is rescinded and waits for RELID_RELEASED does not stand in the way: the guest may ask
-            # again before it has let go of the old one, and waits for the new one without a limit.
-            if any(
-                entry.key == key and not (entry.revoked or entry.revoking)
-                for entry in self._channels.values()
-            ):
-                continue
-            self._offer_channel(self._add_channel(key, device))
+        there = [
+            entry
+            for entry in self._channels.values()
+            if entry.key[:2] == primary.key[:2] and entry.sub_channel_index
+        ]
+        # One that is rescinded and waits for RELID_RELEASED does not stand in the way: the guest may ask
+        # again before it has let go of the old one, and waits for the new one without a limit. But a guest
+        # that never lets go may not use up the relids: the host's own offers need some.
+        going = [entry for entry in there if entry.revoked or entry.revoking]
+        indices = {entry.sub_channel_index for entry in there if entry not in going}
+        missing = [index for index in range(1, count + 1) if index not in indices]
+        if len(going) > 2 * device.sub_channel_limit:
+            self.error(
+                f"channel {primary.relid}: no sub-channels are offered while {len(going)} rescinded ones are"
+                " not released"
+            )
+        elif len(self._channels) + len(missing) > self._most_channels:
+            self.error(f"channel {primary.relid}: {len(missing)} sub-channels are more than there are relids")
+        else:
+            for index in missing:
+                key = (primary.class_id, primary.instance_id, index)
+                self._offer_channel(self._add_channel(key, device))
 
     def primary_of(self, channel: Channel) -> Channel | None:
         """The primary channel of the device that `channel` belongs to."""

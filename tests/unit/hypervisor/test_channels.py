@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import AsyncIterator
 
@@ -10,7 +11,7 @@ import pytest
 import pytest_asyncio
 from hypervisor_world import PAGE, EchoDevice, Guest, RawGuest, World, until
 
-from hypervisor import ChannelState, Offer
+from hypervisor import ChannelState, Offer, Quotas
 from hypervisor.vmbus import ChannelRefused, OpenedChannel
 from netvsc.vmbus import ChannelRefusedError, ChannelRescinded, GuestChannel
 from vswitch_wire import packet, vmbus
@@ -377,6 +378,82 @@ async def test_sub_channels_are_offered_again_although_the_old_ones_are_not_rele
     guest.vmbus.release(guest.offers[1].relid)
     await until(lambda: len(guest.partition.vmbus.channels) == 2)
     assert guest.partition.vmbus.protocol_errors == 0
+
+
+async def test_a_guest_that_releases_no_sub_channel_does_not_use_up_the_relids(world: World) -> None:
+    device = EchoDevice()
+    guest, offer = await booted(world, device)
+    vmbus_server = guest.partition.vmbus
+    guest.auto_release = False
+    for _ in range(20):
+        primary = await guest.vmbus.open(guest.offers[0], ring_pages=2)
+        device.channels[offer.relid].offer_sub_channels(3)
+        await guest.vmbus.close(primary)
+        await until(lambda: offer.state is ChannelState.CLOSED and not offer.channel.task)
+    assert len(vmbus_server.channels) == 1 + 3 * 3
+    assert vmbus_server.protocol_errors == 17
+    assert "9 rescinded ones are not released" in vmbus_server.last_error
+    assert (await vmbus_server.offer(EchoDevice())).relid
+    # It has them again once it lets go.
+    for entry in list(guest.rescinds):
+        guest.vmbus.release(entry.relid)
+    await until(lambda: len(vmbus_server.channels) == 2)
+    await guest.vmbus.open(guest.offers[0], ring_pages=2)
+    device.channels[offer.relid].offer_sub_channels(3)
+    assert len(vmbus_server.channels) == 5
+
+
+async def test_sub_channels_beyond_the_relids_are_the_guests_error(world: World) -> None:
+    quotas = Quotas(channels=3)
+    partition = await world.host.create_partition("few", memory_bytes=1 << 20, quotas=quotas)
+    guest = await (await RawGuest(partition).attach()).start_synic()
+    device = EchoDevice()
+    offer = await partition.vmbus.offer(device)
+    await guest.contact(VmbusVersion.WIN10)
+    await guest.post(vmbus.RequestOffers())
+    await guest.message()
+    await guest.message()
+    await share(guest, offer.relid, 0xE1E10, range(16, 20))
+    await guest.post(vmbus.OpenChannel(offer.relid, 5, 0xE1E10, 0, 2))
+    await guest.message()
+    device.channels[offer.relid].offer_sub_channels(3)
+    assert len(partition.vmbus.channels) == 1
+    assert "3 sub-channels are more than there are relids" in partition.vmbus.last_error
+    device.channels[offer.relid].offer_sub_channels(2)
+    assert len(partition.vmbus.channels) == 3
+    guest.close()
+
+
+async def test_an_open_for_which_the_host_has_no_descriptors_is_refused_and_keeps_nothing(
+    raw: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest, _, offer = raw
+    message = vmbus.OpenChannel(offer.relid, 5, 0xE1E10, 0, 2)
+    before = sorted(os.listdir("/proc/self/fd"))
+    real = os.eventfd
+    for failing in (1, 2):
+        made = 0
+
+        def few(*arguments: int, failing: int = failing) -> int:
+            nonlocal made
+            made += 1
+            if made == failing:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return real(*arguments)
+
+        monkeypatch.setattr(os, "eventfd", few)
+        await guest.post(message)
+        answer = await guest.message()
+        monkeypatch.undo()
+        assert answer == vmbus.OpenChannelResult(offer.relid, 5, vmbus.STATUS_UNSUCCESSFUL)
+        assert "Too many open files" in guest.partition.vmbus.last_error
+        assert sorted(os.listdir("/proc/self/fd")) == before
+    # It can be opened, and its GPADL is free once it is closed.
+    await guest.post(message)
+    assert await guest.message() == vmbus.OpenChannelResult(offer.relid, 5, 0)
+    await guest.post(vmbus.CloseChannel(offer.relid))
+    await guest.post(vmbus.GpadlTeardown(offer.relid, 0xE1E10))
+    assert await guest.message() == vmbus.GpadlTorndown(0xE1E10)
 
 
 async def test_a_primary_that_is_taken_away_offers_and_opens_no_sub_channel(world: World) -> None:

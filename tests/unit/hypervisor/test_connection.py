@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from uuid import UUID
 
@@ -59,6 +60,7 @@ async def test_other_versions_are_refused_in_the_short_form(guest: RawGuest, ver
         vmbus.InitiateContact(VmbusVersion.WIN8_1, 0, 0, parent_to_child_monitor_gpa=PAGE),
         vmbus.InitiateContact(VmbusVersion.WIN10_RS3_1, 0, 0),
         vmbus.InitiateContact(VmbusVersion.WIN10_RS3_1, 0, 16),
+        vmbus.InitiateContact(VmbusVersion.WIN10_RS3_1, 0, 5),
         vmbus.InitiateContact(VmbusVersion.WIN10_RS4, 0, vmbus.InitiateContact.target(2, vtl=1)),
     ],
 )
@@ -167,6 +169,28 @@ async def test_messages_during_a_reset_wait_in_the_ports_16_buffers(guest: RawGu
     device.gate.set()
     kinds = [type(await guest.message()) for _ in range(3)]
     assert kinds == [vmbus.VersionResponse, vmbus.OfferChannel, vmbus.AllOffersDelivered]
+
+
+async def test_a_lost_door_leaves_no_contact_that_waited(guest: RawGuest) -> None:
+    device = EchoDevice()
+    await open_channel(guest, device)
+    server = guest.partition.vmbus
+    device.gate.clear()
+
+    async def lose() -> None:
+        await server.detached()
+        assert not server.resetting
+
+    contact = vmbus.InitiateContact(VmbusVersion.WIN10, 0, 0)
+    await guest.post(contact)
+    losing = asyncio.ensure_future(lose())
+    await asyncio.sleep(0)
+    # While the first one still closes the device.
+    for _ in range(8):
+        await guest.post(contact)
+    device.gate.set()
+    await losing
+    assert device.events == ["open 0", "close 0"]
 
 
 async def test_unload_answers_after_all_memory_was_let_go(guest: RawGuest) -> None:
