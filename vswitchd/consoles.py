@@ -32,18 +32,25 @@ class ConsoleJoiner:
         record = self._partitions.find(first.open.partition, "open.partition")
         link = await _join(record, take_over=first.open.take_over)
         feeding = asyncio.create_task(_feed(iterator, link))
+        # A caller that breaks the rules is told at once, not when its guest prints next.
+        feeding.add_done_callback(lambda task: _end_if_failed(task, link))
         try:
             yield partition_pb2.ConsoleResponse(opened=partition_pb2.ConsoleOpened())
             async with contextlib.aclosing(link.output()) as output:
                 async for data in output:
                     yield partition_pb2.ConsoleResponse(output=data)
-                    if feeding.done():
-                        feeding.result()
+            if feeding.done():
+                feeding.result()
             yield partition_pb2.ConsoleResponse(end=partition_pb2.ConsoleEnd(detail=link.why))
         finally:
             feeding.cancel()
             await asyncio.wait([feeding])
             link.close()
+
+
+def _end_if_failed(feeding: asyncio.Task[None], link: ConsoleLink) -> None:
+    if not feeding.cancelled() and feeding.exception() is not None:
+        link.end("its caller broke the rules")
 
 
 async def _join(record: PartitionRecord, *, take_over: bool) -> ConsoleLink:
