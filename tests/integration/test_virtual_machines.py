@@ -126,6 +126,7 @@ async def test_powering_off_and_crashing_are_states(machine: RunningDaemon) -> N
         (b"poweroff\n", STOPPED, "the guest powered off"),
         (b"crash\n", FAILED, "the guest crashed"),
         (b"abort\n", FAILED, "its virtual machine monitor was killed by SIG"),
+        (b"refuse\n", FAILED, "its virtual machine monitor ended with status 1: KVM_CREATE_VCPU: no memory"),
     ):
         client.start_partition("vm")
         pid = client.get_partition("vm").agent_pid
@@ -139,6 +140,11 @@ async def test_powering_off_and_crashing_are_states(machine: RunningDaemon) -> N
         assert partition.detail.startswith(detail)
         assert not alive(pid)
     assert not list((machine.run_dir / "consoles").iterdir())
+    client.start_partition("vm")
+    os.kill(client.get_partition("vm").agent_pid, signal.SIGTERM)
+    await asyncio.to_thread(eventually, lambda: client.get_partition("vm").state == FAILED)
+    detail = client.get_partition("vm").detail
+    assert detail == "its virtual machine monitor was told to end by a signal"
 
 
 def test_the_console_command_joins_pipes_and_terminals(machine: RunningDaemon) -> None:
@@ -214,8 +220,9 @@ def test_an_end_while_there_was_no_daemon_is_known_to_the_next(machine: RunningD
     eventually(lambda: not alive(pid))
     machine.restart()
     partition = machine.client.get_partition("vm")
-    assert (partition.state, partition.pid) == (STOPPED, 0)
-    assert partition.detail == "the guest powered off (while there was no daemon)"
+    assert (partition.state, partition.pid) == (FAILED, 0)
+    ended = "its virtual machine monitor was told to end by a signal"
+    assert partition.detail == f"{ended} (while there was no daemon)"
 
 
 def test_the_vmm_is_enclosed(machine: RunningDaemon) -> None:

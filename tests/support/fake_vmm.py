@@ -2,7 +2,7 @@
 """A program with the command line, door and console of `vswitch-vmm` that boots nothing: what the control
 plane does is tested with it where there is no KVM. Standard library only; written from docs/door.md.
 
-Its console understands lines: `poweroff`, `crash`, `abort`, `flood N`; all else is echoed.
+Its console understands lines: `poweroff`, `crash`, `refuse`, `abort`, `flood N`; all else is echoed.
 """
 
 from __future__ import annotations
@@ -102,6 +102,9 @@ class Vmm:
         elif first == "crash":
             self.say("kernel panic\n")
             sys.exit(3)
+        elif first == "refuse":
+            print("vswitch-vmm: KVM_CREATE_VCPU: no memory", file=sys.stderr)
+            sys.exit(1)
         elif first == "abort":
             os.abort()
         elif first == "reboot":
@@ -199,7 +202,7 @@ def main() -> None:
         print("vswitch-vmm: /dev/kvm: permission denied; add yourself to group kvm", file=sys.stderr)
         sys.exit(1)
     # As PID 1 of its namespace it gets no signal that it does not handle.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
     Vmm(options).run()
 
 

@@ -24,7 +24,7 @@ from vswitchd.errors import ApiError, invalid, precondition
 from vswitchd.kinds import command_line, images
 from vswitchd.kinds.images import ImageProblem
 from vswitchd.kinds.limits import checked_grace
-from vswitchd.launcher import Ending, Launch, environment
+from vswitchd.launcher import Ending, Launch, environment, log_tail
 from vswitchd.resources import check_id
 
 DEFAULT_MEMORY = 256 << 20
@@ -42,8 +42,10 @@ HEARTBEATS = {
     HeartbeatState.LOST: partition_pb2.HEARTBEAT_STATE_LOST,
 }
 
-# Exit statuses of the VMM.
-POWERED_OFF, REFUSED, CRASHED, GRACE_OVER = 0, 1, 3, 4
+# Exit statuses of the VMM (native/vmm/README.md).
+POWERED_OFF, REFUSED, CRASHED, GRACE_OVER, TERMINATED, FAULT = 0, 1, 3, 4, 5, 6
+SPEAKS = "vswitch-vmm: "
+"""What the VMM begins its own last words with, behind whatever its guest has written."""
 
 
 def check(core: Core, partition_id: str, wanted: partition_pb2.KvmSpec) -> partition_pb2.KvmSpec:
@@ -121,11 +123,11 @@ class KvmGuest:
         with contextlib.ExitStack() as held:
 
             def hold(fd: int) -> int:
-                held.callback(os.close, fd)
+                if fd >= 0:
+                    held.callback(os.close, fd)
                 return fd
 
-            kernel, initrd = await asyncio.to_thread(self._open_images)
-            hold(kernel)
+            kernel, initrd = map(hold, await self._images())
             self.console = Console(self._console_path(partition.id))
             console = hold(self.console.listen())
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -134,7 +136,7 @@ class KvmGuest:
             argv += ["--cover", str(self._core.config.run_dir.root), "--status-fd", str(status), "--"]
             argv += [str(program.absolute()), "--name", partition.name, "--kernel-fd", str(kernel)]
             if initrd >= 0:
-                argv += ["--initrd-fd", str(hold(initrd))]
+                argv += ["--initrd-fd", str(initrd)]
             argv += ["--cmdline", line, "--console-fd", str(console)]
             argv += ["--grace", f"{spec.grace.ToTimedelta().total_seconds():g}"]
             if spec.host_cpus:
@@ -153,6 +155,16 @@ class KvmGuest:
                 "shorten it, or give its NICs fewer addresses",
             )
         return line
+
+    async def _images(self) -> tuple[int, int]:
+        """`_open_images` beside the loop."""
+        opening = asyncio.ensure_future(asyncio.to_thread(self._open_images))
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            # The thread goes on, and nobody takes what it opens.
+            opening.add_done_callback(_close_images)
+            raise
 
     def _open_images(self) -> tuple[int, int]:
         """Kernel and RAM disk, -1 for none."""
@@ -245,9 +257,20 @@ class KvmGuest:
             why = "the guest crashed; its last words are in its log"
         elif ending.code == GRACE_OVER:
             why = "the guest ended: no daemon had come back to it in time"
+        elif ending.code == TERMINATED:
+            why = "its virtual machine monitor was told to end by a signal"
         else:
             why = f"its virtual machine monitor {ending}"
+            if ending.code in (REFUSED, FAULT):
+                why += self._last_words()
         return partition_pb2.PARTITION_STATE_FAILED, why
+
+    def _last_words(self) -> str:
+        """What the VMM said last of itself, behind a colon."""
+        _, spoke, words = log_tail(Path(self._message.log_path)).rpartition(SPEAKS)
+        line = " ".join(words.split())[:MAX_TEXT]
+        # The guest writes into the same log.
+        return f": {''.join(filter(str.isprintable, line))}" if spoke and line else ""
 
     def describe(self, message: partition_pb2.Partition, *, whole: bool) -> None:
         services, guest = self._services, message.guest
@@ -270,11 +293,19 @@ class KvmGuest:
     async def clear(self, partition_id: int) -> None:
         self.console.close("the guest has ended")
         self.console = Console()
-        if self._telling is not None:
-            self._telling.cancel()
-            self._telling = None
         services, self._services = self._services, None
         if services is not None:
             await services.close()
+        # Last: services that go away tell that they have.
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
         for path in (self._console_path(partition_id), self.status_path(partition_id)):
             path.unlink(missing_ok=True)
+
+
+def _close_images(opening: asyncio.Future[tuple[int, int]]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        for fd in opening.result():
+            if fd >= 0:
+                os.close(fd)

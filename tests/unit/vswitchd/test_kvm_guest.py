@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +17,8 @@ from hypervisor import Partition
 from hypervisor.clock import SystemClock
 from hypervisor.integration import HeartbeatState, IntegrationError
 from vswitch_api.v1 import partition_pb2
+from vswitch_native import vmm
+from vswitchd.console import Console
 from vswitchd.core import Core
 from vswitchd.errors import ApiError
 from vswitchd.kinds import kvm
@@ -62,7 +66,9 @@ class World:
         core = cast(Core, SimpleNamespace(config=SimpleNamespace(run_dir=run_dir)))
         self.message = partition_pb2.Partition(name="partitions/vm")
         self.message.guest.boots = 1
-        self.partition = cast(Partition, SimpleNamespace(id=7, on_reset=[], shutdown=self._shutdown))
+        self.partition = cast(
+            Partition, SimpleNamespace(id=7, name="vm", on_reset=[], shutdown=self._shutdown)
+        )
         self.guest = kvm.KvmGuest(core, self.message, SystemClock(), self.told.append)
 
     async def _shutdown(self, seconds: float) -> None:
@@ -159,6 +165,7 @@ async def test_a_clock_is_set_where_there_is_a_driver_for_it(world: World) -> No
         (1, partition_pb2.PARTITION_STATE_FAILED, "its virtual machine monitor ended with status 1"),
         (3, partition_pb2.PARTITION_STATE_FAILED, "the guest crashed; its last words are in its log"),
         (4, partition_pb2.PARTITION_STATE_FAILED, "the guest ended: no daemon had come back to it in time"),
+        (5, partition_pb2.PARTITION_STATE_FAILED, "its virtual machine monitor was told to end by a signal"),
         (-31, partition_pb2.PARTITION_STATE_FAILED, "its virtual machine monitor was killed by SIGSYS"),
         (None, partition_pb2.PARTITION_STATE_FAILED, "its virtual machine monitor ended"),
     ],
@@ -167,3 +174,122 @@ async def test_each_ending_is_a_state_with_words(
     world: World, code: int | None, state: partition_pb2.PartitionState.ValueType, words: str
 ) -> None:
     assert world.guest.verdict(Ending(code)) == (state, words)
+
+
+@pytest.mark.parametrize(
+    ("code", "written", "words"),
+    [
+        (
+            1,
+            "login: \x1b[2Jvswitch-vmm: KVM_CREATE_VCPU: no memory\n",
+            "status 1: KVM_CREATE_VCPU: no memory",
+        ),
+        (
+            6,
+            "vswitch-vmm: old\nvswitch-vmm: a fault of its own: panicked at x.rs:1:2:\nbad\x1b[2J\n",
+            "status 6: a fault of its own: panicked at x.rs:1:2: bad[2J",
+        ),
+        (1, "nothing of its own", "status 1"),
+        (7, "vswitch-vmm: said before\n", "status 7"),
+    ],
+)
+async def test_a_monitor_that_says_why_it_ends_is_quoted(
+    world: World, tmp_path: Path, code: int, written: str, words: str
+) -> None:
+    log = tmp_path / "vm.log"
+    log.write_text(written)
+    world.message.log_path = str(log)
+    _, text = world.guest.verdict(Ending(code))
+    assert text == f"its virtual machine monitor ended with {words}"
+
+
+async def test_services_that_go_away_tell_nobody_afterwards(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services = world.services
+
+    async def close() -> None:
+        for callback in services.on_changed:
+            callback()
+
+    monkeypatch.setattr(services, "close", close)
+    await world.guest.clear(7)
+    await asyncio.sleep(0.05)
+    assert world.told == []
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def launched(world: World) -> None:
+    async with world.guest.launch(world.partition, 0, []):
+        pass
+
+
+@pytest.fixture
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World) -> None:
+    """A partition whose kernel and RAM disk open."""
+    head = bytearray(0x400)
+    head[0x1FE:0x200] = b"\x55\xaa"
+    head[0x202:0x208] = b"HdrS\x0f\x02"
+    (tmp_path / "kernel").write_bytes(head)
+    (tmp_path / "initrd").write_bytes(b"070701")
+    world.message.memory_bytes = 64 << 20
+    world.message.kvm.kernel = str(tmp_path / "kernel")
+    world.message.kvm.initrd = str(tmp_path / "initrd")
+    monkeypatch.setattr(vmm, "find", lambda: Path("/bin/true"))
+
+
+@pytest.mark.usefixtures("images")
+async def test_a_start_that_fails_half_way_leaves_nothing_open(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await launched(world)
+    before = open_files()
+
+    def listen(console: object) -> int:
+        raise OSError("no room for the console")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Console, "listen", listen)
+        with pytest.raises(OSError, match="no room for the console"):
+            await launched(world)
+    assert open_files() == before
+    status = world.guest.status_path(7)
+    status.unlink()
+    status.mkdir()
+    with pytest.raises(IsADirectoryError):
+        await launched(world)
+    assert open_files() == before
+
+
+@pytest.mark.usefixtures("images")
+async def test_a_start_that_is_given_up_while_its_images_are_opened_leaves_none_open(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await launched(world)
+    before = open_files()
+    reached, go_on = threading.Event(), threading.Event()
+    opening = world.guest._open_images
+
+    def slowly() -> tuple[int, int]:
+        opened = opening()
+        reached.set()
+        assert go_on.wait(10)
+        return opened
+
+    monkeypatch.setattr(world.guest, "_open_images", slowly)
+    starting = asyncio.ensure_future(launched(world))
+    await asyncio.to_thread(reached.wait, 10)
+    assert open_files() == before + 2
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    go_on.set()
+    # The callback runs when the thread's result has come to the loop.
+    for _ in range(500):
+        if open_files() == before:
+            break
+        await asyncio.sleep(0.01)
+    assert open_files() == before
