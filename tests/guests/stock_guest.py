@@ -256,10 +256,3 @@ class Job:
         return self._guest.run(
             f"{waiting}; cat {self.path}.out; exit $(cat {self.path}.rc || echo 124)", timeout + 5
         )
-
-    def stop(self, signal: str = "INT", program: str = "") -> Result:
-        """Ends the script's programs (all of its session, or those called `program`) and waits."""
-        self._guest.run(
-            f"kill -{signal} $(ps -o pid,args | grep '[{program[:1]}]{program[1:]}' | awk '{{print $1}}')"
-        )
-        return self.wait(20)

@@ -34,6 +34,7 @@ class Scene:
         self.seed = int(os.environ["VSWITCH_HOSTILE_SEED"])
         self.folder = self.image.parent
         self._pinging: subprocess.Popen[bytes] | None = None
+        self._read = 0
         self.run_dir = Path(tempfile.mkdtemp(prefix="hostile-"))
         self.daemon = start_daemon(self.run_dir, started_by="test", timeout=120)
         self.client = Client(self.daemon.socket)
@@ -92,23 +93,21 @@ class Scene:
         return self.client.get_partition(EVIL)
 
     def vmm(self) -> int | None:
-        """The VMM's process id; None when there is none."""
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    words = (entry / "cmdline").read_bytes().split(b"\0")
-                except OSError:
-                    continue
-                if words[0].endswith(b"/vswitch-vmm"):
-                    return int(entry.name)
-        return None
+        """The process id of the hostile guest's VMM; None while it has none."""
+        return self.partition().agent_pid or None
 
     def console(self) -> str:
-        """All that the VMM wrote of the guest's console."""
+        """What the VMM wrote of the guest's console since the last call: its log outlives each start."""
         try:
-            return Path(self.partition().log_path).read_text(errors="replace")
+            with Path(self.partition().log_path).open("rb") as log:
+                # One that has become shorter was begun anew.
+                size = log.seek(0, os.SEEK_END)
+                log.seek(self._read if self._read <= size else 0)
+                text = log.read()
+                self._read = log.tell()
         except OSError:
             return ""
+        return text.decode(errors="replace")
 
     # --- the bystanders ---
 

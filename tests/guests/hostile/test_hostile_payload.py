@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from pathlib import Path
 
 from tests.guests.hostile.scene import EVIL, PROCESSORS, Exits, Scene, say, tasks, wait_for
 from vswitch_api.v1 import partition_pb2
@@ -85,8 +86,9 @@ def test_a_hostile_guest_harms_nobody_but_itself(scene: Scene) -> None:
     assert "Traceback" not in said, said[-4000:]
     assert "the host failed on a frame" not in said
     # The partition can be taken away, and nothing is left of it.
+    vmm = scene.vmm()
     scene.client.delete_partition(EVIL, force=True)
-    wait_for("the VMM's end", lambda: scene.vmm() is None, 10)
+    wait_for("the VMM's end", lambda: vmm is None or not Path(f"/proc/{vmm}").exists(), 10)
 
 
 def _threads(vmm: int) -> dict[str, dict[str, str]]:
