@@ -24,9 +24,15 @@ _HERE = Path(__file__).resolve().parent
 GUEST_MODULES = ("hv_vmbus", "hv_netvsc", "hv_utils")
 # In the guest's root for whoever loads them; a kernel without one of them boots all the same.
 SPARE_MODULES = ("hv_balloon", "hv_sock", "tulip", "e1000", "igbvf")
-# Userland: bookworm's, whatever the kernel. (package, file in it)
-_PROGRAMS = (("ethtool", "sbin/ethtool"), ("hyperv-daemons", "usr/sbin/hv_kvp_daemon"))
-_LIBRARIES = ("libc6", "libmnl0")
+# Userland: bookworm's, whatever the kernel. (package, file in it, name in the guest)
+_PROGRAMS = (
+    ("ethtool", "sbin/ethtool", "sbin/ethtool"),
+    ("hyperv-daemons", "usr/sbin/hv_kvp_daemon", "usr/sbin/hv_kvp_daemon"),
+    # Busybox's ping gives its socket 7 KiB: replies are lost there once something else has the processor. Its
+    # shell would run its own whatever the path.
+    ("iputils-ping", "bin/ping", "bin/iping"),
+)
+_LIBRARIES = ("libc6", "libmnl0", "libcap2", "libidn2-0", "libunistring2")
 _KVP_SCRIPTS = "usr/libexec/hypervkvpd"
 
 kernel = debian
@@ -68,11 +74,11 @@ def _userland(archive: Archive) -> None:
         for folder in suite.unpacked(suite.find(package)).glob("**/x86_64-linux-gnu")
         if any(folder.glob("*.so.*"))
     ]
-    for package, file in _PROGRAMS:
+    for package, file, name in _PROGRAMS:
         program = suite.unpacked(suite.find(package)) / file
-        archive.copy(file, program)
-        for name, library in _libraries(program, folders).items():
-            archive.copy(f"lib/{name}", library)
+        archive.copy(name, program)
+        for library, path in _libraries(program, folders).items():
+            archive.copy(f"lib/{library}", path)
     archive.copy("lib64/ld-linux-x86-64.so.2", folders[0] / "ld-linux-x86-64.so.2")
     for script in (suite.unpacked(suite.find("hyperv-daemons")) / _KVP_SCRIPTS).iterdir():
         archive.copy(f"{_KVP_SCRIPTS}/{script.name}", script)

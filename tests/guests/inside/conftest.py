@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,13 +12,28 @@ import pytest
 # Outside of `make guests` there is no kernel to boot and often no KVM: these files are not tests there.
 collect_ignore_glob = [] if "VSWITCH_GUESTS_MANIFEST" in os.environ else ["test_*.py"]
 # What is about our own programs rather than a kernel's drivers runs with the first kernel alone.
-ONCE = ["test_control_plane.py", "test_docs.py", "test_hostile_payload.py", "test_sandbox.py"]
+ONCE = ["test_control_plane.py", "test_docs.py"]
 if os.environ.get("VSWITCH_GUESTS_ONCE") == "no":
     collect_ignore_glob += ONCE
 
 if "VSWITCH_GUESTS_MANIFEST" in os.environ:
     from tests.guests.inside.world import BOX, VM1, VM2, Box, World, has_address
     from tests.guests.stock_guest import StockGuest
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        item: pytest.Function, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Failures are kept as they come, with what every port has seen: an emulated machine may not live to
+        the end of the run.
+        """
+        report = yield
+        if report.failed:
+            with Path(os.environ["VSWITCH_GUESTS_MANIFEST"]).with_name("failures.txt").open("a") as kept:
+                kept.write(f"--- {report.nodeid} ({report.when})\n{report.longreprtext}\n")
+                if "world" in item.funcargs:
+                    kept.writelines(f"{port}\n" for port in item.funcargs["world"].client.list_ports())
+        return report
 
     @pytest.fixture(scope="session")
     def world() -> Iterator[World]:

@@ -203,14 +203,26 @@ def has_address(guest: StockGuest, timeout: float = 60) -> None:
 
 
 def pings(text: str) -> tuple[int, int]:
-    """(sent, received) out of what busybox's ping prints at its end."""
-    found = re.search(r"(\d+) packets transmitted, (\d+) packets received", text)
+    """(sent, received) out of what ping prints at its end."""
+    found = re.search(r"(\d+) packets transmitted, (\d+) (?:packets )?received", text)
     assert found, f"ping printed no summary: {text!r}"
     return int(found[1]), int(found[2])
 
 
+# One line of what the pings of a script did: replies, the highest sequence number answered, duplicates.
+_COUNT = (
+    "awk -F'icmp_seq=' '/transmitted/{print} /DUP/{d++; next} "
+    '/icmp_seq=/{split($2, n, " "); r++; if (n[1] + 0 > m) m = n[1] + 0} '
+    'END{print "replies " r + 0 " last " m + 0 " duplicates " d + 0}\''
+)
+
+
 class Pinging:
-    """A stock guest's ping every 10 ms for as long as the block lasts; nothing may be lost."""
+    """A stock guest's ping every 10 ms for as long as the block lasts; nothing may be lost.
+
+    A reply that is missing below the last one that came was lost. What was sent behind that was under way
+    when ping was told to end: not lost, unless it is more than a second's.
+    """
 
     def __init__(
         self, guest: StockGuest, to: Sequence[str], interval: float = 0.01, lost: bool = False
@@ -223,20 +235,29 @@ class Pinging:
         self.received = 0
 
     def __enter__(self) -> Pinging:
-        self._jobs = [self._guest.start(f"ping -q -i {self._interval} {address}") for address in self._to]
+        self._jobs = [
+            self._guest.start(f"iping -i {self._interval} {address} | {_COUNT}") for address in self._to
+        ]
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._guest.run("killall -INT ping")
+        # Replies that came and that a starved ping did not fetch in time are counted at its socket.
+        sockets = self._guest.run("cat /proc/net/raw; killall -INT iping").output
         for job in self._jobs:
-            sent, received = pings(job.wait(20).output)
+            output = job.wait(20).output
+            sent, received = pings(output)
             self.sent += sent
             self.received += received
-            # The one that is under way when ping is told to end counts as sent.
             if kind is None and not self._may_lose:
-                assert 0 <= sent - received <= 1, (
-                    f"{sent - received} of {sent} pings from {self._guest.name} lost"
+                found = re.search(r"replies (\d+) last (\d+) duplicates (\d+)", output)
+                assert found, f"no count of pings: {output!r}"
+                replies, last, duplicates = map(int, found.groups())
+                lost = last - replies
+                assert (lost, duplicates) == (0, 0), (
+                    f"{lost} of {sent} pings from {self._guest.name} lost, {duplicates} came twice; "
+                    f"its sockets (drops last): {sockets}"
                 )
+                assert sent - received <= 1 / self._interval, f"the last {sent - received} pings are missing"
                 assert sent >= 5, f"only {sent} pings were sent"
 
 
