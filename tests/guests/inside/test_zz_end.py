@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
+from tests.guests.inside.kernel_log import unexpected
 from tests.guests.inside.test_netvsc import works
 from tests.guests.inside.world import BOX, VM1, VM2, Pinging, World, has_address
 from vswitch_api.v1 import partition_pb2
@@ -12,35 +12,13 @@ from vswitch_api.v1 import partition_pb2
 if TYPE_CHECKING:
     from tests.guests.stock_guest import StockGuest
 
-# Warnings (and worse) that a stock Hyper-V host causes as well, or that are of the guest's small userland.
-# Each with its reason; whatever is not here fails the test.
-ALLOWED: dict[str, str] = {
-    r"^PCI: Fatal: No config space access function found$": (
-        "Hyper-V's machines of generation 2 have no PCI configuration mechanism either: Linux says the same "
-        "there (github.com/docker/for-win issue 1279 shows such a machine's log)"
-    ),
-}
-"""regular expression -> reason"""
-
-
-def unexpected(log: str) -> list[str]:
-    """Lines of warning level and above that no reason covers; from `dmesg -r`."""
-    bad = []
-    for line in log.splitlines():
-        found = re.match(r"<(\d+)>\[[ \d.]+\] (.*)", line)
-        if not found or int(found[1]) & 7 > 4:
-            continue
-        if not any(re.search(pattern, found[2]) for pattern in ALLOWED):
-            bad.append(found[2])
-    return bad
-
 
 def test_the_kernels_warn_of_nothing_that_hyper_v_would_not_cause(
     world: World, vm1: StockGuest, vm2: StockGuest
 ) -> None:
     bad = {}
     for guest in (vm1, vm2):
-        log = guest.sh("cat /run/dmesg.kept 2>/dev/null; dmesg -r", 60)
+        log = guest.sh("dmesg -r", 60)
         world.keep(f"dmesg-{guest.name}.txt", log)
         bad[guest.name] = unexpected(log)
     assert bad == {VM1.name: [], VM2.name: []}

@@ -137,14 +137,14 @@ class World:
 
     # --- guests ---
 
-    def create(self, machine: Machine, cmdline: str = "") -> None:
+    def create(self, machine: Machine, cmdline: str = "", memory_mib: int = 256) -> None:
         """A partition for a stock guest, with a NIC on the switch."""
         self.client.create_kvm_partition(
             machine.name,
             kernel=self.manifest["kernel"]["path"],
             initrd=self.manifest["initrd"],
             cmdline=f"{CMDLINE} {cmdline}".strip(),
-            memory_bytes=256 * MIB,
+            memory_bytes=memory_mib * MIB,
             vp_count=machine.cpus,
         )
         self.client.create_nic(
@@ -169,6 +169,13 @@ class World:
         guest = StockGuest(machine.name, console, log)
         self.guests[machine.name] = guest
         return guest
+
+    def remove(self, machine: Machine) -> None:
+        """The guest and its partition are gone."""
+        guest = self.guests.pop(machine.name, None)
+        if guest:
+            guest.close()
+        self.client.delete_partition(machine.name, force=True)
 
     def keep(self, name: str, what: object) -> None:
         """Puts a piece of evidence beside the console logs."""
