@@ -25,11 +25,13 @@ RUST_SOURCES := $(shell find native -path native/target -prune -o -path native/f
 demo: $(VENV)/.installed          ## builds, then tells the whole story in under a minute
 	@$(BIN)/vswitch demo
 
-# First the tests that share the processors, then those that must have the machine to themselves. 5: none was chosen.
+# First the tests that share the processors, then those that must have the machine to themselves (5: none was chosen), then
+# stock kernels as guests, where there is KVM or QEMU; elsewhere it is said why not.
 test: export PYTHONDONTWRITEBYTECODE :=
-test: $(VENV)/.installed-dev      ## every test that needs no special hardware
+test: $(VENV)/.installed-dev      ## every test
 	$(BIN)/python -m pytest -m "not alone" -n $(TEST_JOBS) --dist worksteal --junitxml=build/tests.xml $(PYTEST_ARGS) || [ $$? -eq 5 ]
 	$(BIN)/python -m pytest -m alone --junitxml=build/tests-alone.xml $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m tests.guests.run --or-skip
 
 guests: $(VENV)/.installed-dev    ## stock Debian kernels (or KERNEL=, MODULES=, INITRD=) boot as guests and work
 	$(BIN)/python -m tests.guests.run --suite $(SUITE) $(if $(KERNEL),--own-kernel $(KERNEL)) $(if $(MODULES),--own-modules $(MODULES)) \

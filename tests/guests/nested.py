@@ -39,6 +39,8 @@ MODULES = ("9p", "9pnet_virtio", "virtio_pci", "virtio_console", "kvm-amd", "tun
 TIMED_OUT = 124
 DIED = 125
 """The emulated machine itself ended or stood still: nothing that the job did or did not."""
+TRIES = 3
+"""QEMU's AMD-V is not without faults: an emulated machine's own kernel may panic or stand still."""
 # The machine writes a sign of life every few seconds; one without for so long stands still.
 SILENT_SECONDS = 60
 _CMDLINE = "console=ttyS0 panic=-1 nokaslr quiet mitigations=off audit=0 cryptomgr.notests no_timer_check"
@@ -314,10 +316,12 @@ def run(
     emulate: bool = False,
     console: Path = OUTPUT / "console-nested.log",
     output: Callable[[bytes], None] = to_stdout,
+    tries: int = 1,
 ) -> int:
     """Runs the command where stock Hyper-V guests can run; its exit status.
 
-    `console` is the file for what an emulated machine's kernel says, `output` takes what the command says.
+    `console` is the file for what an emulated machine's kernel says, `output` takes what the command says. An
+    emulated machine that fails itself is tried again, which is said; what its job found until then is lost.
     """
     why = "it was asked for" if emulate else kvm.missing()
     started = time.monotonic()
@@ -333,7 +337,12 @@ def run(
         except subprocess.TimeoutExpired:
             return TIMED_OUT
     print(f"nested: an emulated machine is used: {why}", file=sys.stderr, flush=True)
-    result = emulated(command, timeout, memory, environment or {}, console, output)
+    for attempt in range(1, tries + 1):
+        kept = console.with_stem(f"{console.stem}-{attempt}") if tries > 1 else console
+        result = emulated(command, timeout, memory, environment or {}, kept, output)
+        if result != DIED:
+            break
+        print(f"nested: the emulated machine itself failed, try {attempt} of {tries}", file=sys.stderr)
     print(f"nested: exit status {result} after {time.monotonic() - started:.1f} s", file=sys.stderr)
     return result
 

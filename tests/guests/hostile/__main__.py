@@ -57,7 +57,13 @@ def main() -> int:
             f"--junitxml={FOLDER / 'tests.xml'}",
             *options.pytest,
         ]
-        status = nested.run(command, timeout=options.seconds + STARTING + 30, environment=environment)
+        status = nested.run(
+            command,
+            timeout=options.seconds + STARTING + 30,
+            environment=environment,
+            console=FOLDER / "console-nested.log",
+            tries=nested.TRIES,
+        )
     except GuestsUnavailable as error:
         print(f"hostile: cannot run: {error}", file=sys.stderr)
         return 1

@@ -144,7 +144,7 @@ def test_what_a_guest_tells_of_itself_is_shown(lab: Lab) -> None:
     assert guest["boots"] == 1
     assert guest["heartbeat"] == "HEARTBEAT_STATE_OK"
     assert "10.77.0.1" in guest["addresses"]
-    assert guest["os"].startswith("Linux")
+    assert "Linux" in guest["os"]
     assert {"shutdown", "heartbeat", "time sync"} <= {name.replace("_", " ") for name in guest["services"]}
     table = lab.cli("partition", "show", "m1")
     assert "10.77.0.1" in table

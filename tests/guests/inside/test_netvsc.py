@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 
 KEY = ":".join(f"{byte:02x}" for byte in range(0x6D, 0x6D + 40))
-four = pytest.mark.skipif(VM1.cpus < 4, reason="needs a guest with 4 processors: make guests SUITE=all")
 
 
 def channels(guest: StockGuest) -> int:
@@ -43,7 +42,6 @@ def works(guest: StockGuest, to: str = BOX.address) -> None:
     assert pings(guest.sh(f"ping -q -c 10 -i 0.05 {to}")) == (10, 10)
 
 
-@four
 def test_four_processors_have_four_channels_and_all_carry_traffic(vm1: StockGuest, box: Box) -> None:
     assert channels(vm1) == 4
     listed = vm1.sh("ls -d /sys/class/net/eth0/device/channels/*; ls -d /sys/class/net/eth0/queues/rx-*")
@@ -58,7 +56,6 @@ def test_four_processors_have_four_channels_and_all_carry_traffic(vm1: StockGues
     assert sorted(cpus) == ["0", "1", "2", "3"]
 
 
-@four
 def test_the_number_of_channels_changes_under_pings(vm1: StockGuest, vm2: StockGuest) -> None:
     with Pinging(vm2, [BOX.address]):
         for count in (1, 2, 4):
@@ -67,7 +64,6 @@ def test_the_number_of_channels_changes_under_pings(vm1: StockGuest, vm2: StockG
             works(vm1)
 
 
-@four
 def test_the_indirection_table_chooses_the_queues(vm1: StockGuest, box: Box) -> None:
     said = vm1.sh("ethtool -x eth0")
     assert "RX flow hash indirection table" in said

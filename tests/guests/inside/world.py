@@ -54,8 +54,7 @@ class Machine:
         return f"s0/{self.name}"
 
 
-# An emulated machine has two processors: four of a guest on them are for those who have the time.
-VM1 = Machine("vm1", int(os.environ.get("VSWITCH_GUESTS_CPUS", "2")), "10.9.0.1", "00:15:5d:09:00:01")
+VM1 = Machine("vm1", 4, "10.9.0.1", "00:15:5d:09:00:01")
 VM2 = Machine("vm2", 1, "10.9.0.2", "00:15:5d:09:00:02")
 BOX = Machine("box", 1, "10.9.0.3", "00:15:5d:09:00:03")
 
