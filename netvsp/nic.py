@@ -20,7 +20,7 @@ from hypervisor.vmbus.device import ChannelRefused, OpenedChannel
 from netvsp import limits
 from netvsp.data_channel import open_data_channel
 from netvsp.session import Session
-from vswitch_wire import rndis
+from vswitch_wire import nvsp, rndis
 from vswitch_wire.engine import Engine
 
 QUIET, QUIET_LIMIT = 0.15, 5.0
@@ -106,6 +106,12 @@ class SyntheticNic:
         self._session: Session | None = None
         self.faults: list[str] = []
         """Why guests lost this NIC's channel, newest last, at most 16."""
+
+    @staticmethod
+    def abandoned(payload: bytes) -> bytes:
+        """A frame that no host took is answered as failed; so is whatever else waits, with nothing."""
+        sends = payload[:4] == nvsp.NVSP_MSG1_TYPE_SEND_RNDIS_PKT.to_bytes(4, "little")
+        return nvsp.SendRndisPacketComplete(nvsp.NVSP_STAT_FAIL).pack() if sends else b""
 
     async def open(self, channel: OpenedChannel) -> None:
         """The guest opened a channel. Raises ChannelRefused when its rings are unusable."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 from hypervisor.synic import BoundInterrupt
+from hypervisor.vmbus.abandoned import OpenRings
 from hypervisor.vmbus.device import OpenedChannel, VmbusDevice
 from vswitch_wire import vmbus
 
@@ -47,6 +48,8 @@ class Channel:
     """Why the channel is not offered again before the guest's next contact; empty when it is."""
     opened: OpenedChannel | None = None
     interrupt: BoundInterrupt | None = None
+    rings: OpenRings | None = None
+    """As the guest opened it last, until it closes it: also while the door is lost, and for the next host."""
     reopen: vmbus.OpenChannel | None = None
     task: asyncio.Task[None] | None = None
     faults: list[str] = field(default_factory=list)

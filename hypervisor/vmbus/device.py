@@ -63,7 +63,8 @@ class VmbusDevice(Protocol):
 
     It may also have `user_data: bytes` (120 at most) and `channel_flags: int` for its offers, and
     `shares_doorbell: bool`: True = its sub-channels' doorbells are the primary channel's, so that one wake-up
-    serves all its rings.
+    serves all its rings; `abandoned(payload: bytes) -> bytes`: what completes, as failed, a packet that a
+    host before this one left uncompleted (nothing: an empty completion).
     """
 
     class_id: UUID

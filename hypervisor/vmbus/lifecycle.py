@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from hypervisor.synic import Synic
+from hypervisor.vmbus.abandoned import OpenRings
 from hypervisor.vmbus.channel import Channel, ChannelState
 from hypervisor.vmbus.device import ChannelRefused, OpenedChannel
 from vswitch_wire import vmbus
@@ -75,6 +76,7 @@ class ChannelLifecycle:
             report_fault=lambda text: self._server.report_fault(channel, opened, text),
             offer_sub_channels=functools.partial(self._server.offer_sub_channels, channel),
         )
+        channel.rings = OpenRings(tuple(pfns), message.downstream_page_offset, vp)
         channel.state = ChannelState.OPENING
         self.run(channel, self._open(channel, opened))
 
@@ -108,15 +110,18 @@ class ChannelLifecycle:
             channel.state = ChannelState.CLOSING
             if not channel.sub_channel_index:
                 await self._server.revoke_sub_channels(channel)
+            channel.rings = None
             channel.reopen = None  # one OPENCHANNEL at a time: what came before the answer was misplaced
             self._let_go(channel)
         else:
             channel.state = ChannelState.OPEN
+            self._server.changed()
         if not channel.revoking and not self._server.resetting:
             self._server.send(vmbus.OpenChannelResult(channel.relid, opened.open_id, status))
 
     async def close_for_guest(self, channel: Channel) -> None:
         """CLOSECHANNEL: close the device, take sub-channels away, open again if that was asked meanwhile."""
+        channel.rings = None
         await self._close_rings(channel)
         if not channel.sub_channel_index:
             # Before the channel counts as closed: an OPENCHANNEL that comes now waits for the sub-channels to

@@ -22,6 +22,8 @@ from uuid import UUID
 from hypervisor.clock import Clock
 from hypervisor.quotas import Quotas
 from hypervisor.synic import Synic
+from hypervisor.vmbus import abandoned
+from hypervisor.vmbus.abandoned import OpenRings
 from hypervisor.vmbus.channel import CONNECTION_ID_BASE, Channel, ChannelState
 from hypervisor.vmbus.device import OpenedChannel, VmbusDevice
 from hypervisor.vmbus.gpadls import GpadlTable
@@ -109,6 +111,10 @@ class VmbusServer:
         """Whether a new contact or an unload is closing everything: nothing is answered meanwhile."""
         return self._resetting is not None
 
+    def changed(self) -> None:
+        """Something that `save()` has is different."""
+        self._changed()
+
     # --- the host's requests ---
 
     @property
@@ -183,8 +189,24 @@ class VmbusServer:
             if channel.offered:
                 channel.revoked = True
                 channel.withheld = ""
+                self._complete_abandoned(channel)
                 self.send(vmbus.RescindChannelOffer(channel.relid))
         self._pump()
+
+    def _complete_abandoned(self, channel: Channel) -> None:
+        """What the guest sent and no host completed fails now: its driver may wait for that without a limit."""
+        rings, channel.rings = channel.rings, None
+        if rings is None:
+            return
+        primary = self.primary_of(channel)
+        answer = getattr(primary and primary.device, "abandoned", lambda _: b"")
+        try:
+            if abandoned.complete(self._synic.memory, rings, answer) and rings.vp is not None:
+                bound = self._synic.bind(channel.relid, self.sint, rings.vp)
+                bound.interrupt.signal()
+                bound.close()
+        except (WireError, IndexError, OSError) as error:
+            self.error(f"channel {channel.relid}: what it had under way cannot be completed: {error}")
 
     async def detached(self) -> None:
         """The door is lost: close every channel; what was offered stays known for `resumed()`."""
@@ -293,6 +315,7 @@ class VmbusServer:
                     del self._channels[channel.relid]
                 channel.offered = channel.revoked = False
                 channel.withheld = ""
+                channel.rings = None
             self._changed()
             if self._attached:
                 then()
@@ -478,6 +501,7 @@ class VmbusServer:
         if channel.revoked:
             self.gpadls.forget_channel(channel.relid)
             channel.offered = channel.revoked = False
+            channel.rings = None
             if channel.device is None or channel.sub_channel_index:
                 del self._channels[channel.relid]
             elif self.offers_requested and not channel.withheld:
@@ -569,6 +593,7 @@ class VmbusServer:
                     "class": str(channel.class_id),
                     "instance": str(channel.instance_id),
                     "sub_channel_index": channel.sub_channel_index,
+                    "rings": channel.rings and channel.rings.save(),
                 }
                 for channel in self.channels
                 if channel.offered
@@ -594,7 +619,10 @@ class VmbusServer:
         for entry in saved["offered"]:
             key = (UUID(entry["class"]), UUID(entry["instance"]), entry["sub_channel_index"])
             self._relids[key] = entry["relid"]
-            self._channels[entry["relid"]] = Channel(entry["relid"], *key, None, offered=True)
+            rings = entry.get("rings")  # absent in what an older host saved
+            self._channels[entry["relid"]] = Channel(
+                entry["relid"], *key, None, offered=True, rings=OpenRings.restore(rings) if rings else None
+            )
 
 
 def _offer_order(channel: Channel) -> tuple[str, str, int]:

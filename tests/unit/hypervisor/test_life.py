@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypervisor_world import EchoDevice, Guest, RawGuest, World, until
+from hypervisor_world import PAGE, EchoDevice, Guest, RawGuest, World, until
 
 from hypervisor import AgentError, DoorLost, PartitionError, PartitionState, Quotas
 from netvsc.door import DoorLostError
 from vswitch_wire import door as wire
+from vswitch_wire import packet
 from vswitch_wire.door import ErrorCode
 from vswitch_wire.memory import create_region
+from vswitch_wire.ring import RingReader, RingWriter
 
 
 async def opened(world: World, name: str = "a") -> tuple[Guest, EchoDevice]:
@@ -111,6 +113,53 @@ async def test_a_restarted_host_takes_a_partition_back(world: World, tmp_path: P
     assert again.events == ["open 0"]
     assert guest.partition.synic.guest_os_id != 0
     assert await guest.door.read_msr(0, 0x40000020) > 0
+    await second.close()
+
+
+async def test_what_no_host_completed_fails_before_its_channel_is_taken_away(world: World) -> None:
+    """A driver waits for that without a limit when its device goes: Linux's netvsc_device_idle."""
+    guest, device = await opened(world)
+    channel = guest.vmbus.channels[guest.offers[0].relid]
+    split, pages = channel.downstream_page_offset, channel.ring_pfns
+    # The device reads no more, as if the host were killed before it did.
+    asyncio.get_running_loop().remove_reader(device.channels[channel.offer.relid].doorbell_fd)
+    writer = RingWriter(channel.memory.view(pages[:split], 0, split * PAGE))
+    for number in range(5):
+        writer.write(packet.encode_inband(b"never read", 40 + number, number != 3))
+    writer.commit()
+    reader = RingReader(channel.memory.view(pages[split:], 0, (len(pages) - split) * PAGE))
+    seen: list[tuple[int, bytes]] = []
+
+    def interrupted() -> None:
+        for raw in reader.read():
+            decoded = packet.decode(raw)
+            assert decoded.type == packet.VM_PKT_COMP
+            assert not guest.rescinds
+            seen.append((decoded.transaction_id, decoded.payload.rstrip(b"\0")))
+
+    channel.on_interrupt = interrupted
+    second, guest = await restart(world, guest, world.host.run_dir)
+    again = EchoDevice(device.instance_id)
+    again.abandoned = lambda payload: payload[:5]  # type: ignore[attr-defined]
+    await guest.partition.vmbus.offer(again)
+    await guest.attach()
+    await until(lambda: bool(guest.rescinds))
+    assert seen == [(40, b"never"), (41, b"never"), (42, b"never"), (44, b"never")]
+    await second.close()
+
+
+async def test_a_ring_that_lies_costs_a_returning_host_nothing(world: World) -> None:
+    guest, device = await opened(world)
+    channel = guest.vmbus.channels[guest.offers[0].relid]
+    asyncio.get_running_loop().remove_reader(device.channels[channel.offer.relid].doorbell_fd)
+    channel.memory.store_u32(channel.ring_pfns[0] * PAGE, 4097)
+    second, guest = await restart(world, guest, world.host.run_dir)
+    await guest.partition.vmbus.offer(EchoDevice(device.instance_id))
+    guest.offers.clear()
+    await guest.attach()
+    await until(lambda: bool(guest.offers))
+    assert "cannot be completed" in guest.partition.vmbus.last_error
+    await guest.vmbus.open(guest.offers[0], ring_pages=2)
     await second.close()
 
 
