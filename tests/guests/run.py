@@ -155,7 +155,6 @@ def _inside(
         "VSWITCH_GUESTS_VOLUME": str(volume),
         "VSWITCH_GUESTS_ONCE": "no" if part[0] else "yes",
         "VSWITCH_GUESTS_PART": f"{part[0]}/{part[1]}" if suite == "short" else "0/1",
-        "VSWITCH_GUESTS_LAB": "yes" if suite == "all" else "",
     }
     timeout = float(os.environ.get("VSWITCH_GUESTS_SECONDS", SECONDS[suite]))
     if not kvm.missing():

@@ -11,6 +11,10 @@ ALLOWED: dict[str, str] = {
         "Hyper-V's machines of generation 2 have no PCI configuration mechanism either: Linux says the same "
         "there (github.com/docker/for-win issue 1279 shows such a machine's log)"
     ),
+    r"^PCI: System does not support PCI$": "the same, said once more by 6.12",
+    r"^amd_pstate: the _CPC object is not present in SBIOS or ACPI disabled$": (
+        "the driver of AMD's processors finds no performance controls: a virtual machine of Hyper-V has none"
+    ),
 }
 """regular expression -> reason"""
 

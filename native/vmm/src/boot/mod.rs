@@ -9,6 +9,7 @@ use vm_memory::{
     ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, ReadVolatile,
 };
 
+use crate::devices::{RESET_PORT, RESET_VALUE};
 use crate::error::{Context, Error, Result};
 use crate::memory::Memory;
 
@@ -24,6 +25,21 @@ const COMMAND_LINE_LIMIT: usize = 2048;
 const EBDA: u64 = 0x9_FC00;
 const LOW_END: u64 = 0xA_0000;
 const ROM: u64 = 0xE_0000;
+/// Where a processor in real mode begins after a reset; what is there is the whole firmware.
+pub const RESET_VECTOR: u64 = 0xF_FFF0;
+/// Linux restarts by going there where ACPI is hardware-reduced and there is no EFI (reboot.c, machine_real_restart): write
+/// RESET_VALUE to RESET_PORT, then stand still.
+const RESET_CODE: [u8; 9] = [
+    0xB0,
+    RESET_VALUE, // mov al, RESET_VALUE
+    0xBA,
+    RESET_PORT.to_le_bytes()[0],
+    RESET_PORT.to_le_bytes()[1], // mov dx, RESET_PORT
+    0xEE,                        // out dx, al
+    0xF4,                        // hlt
+    0xEB,
+    0xFD, // jmp to hlt
+];
 const HIGH: u64 = 0x10_0000;
 const RAM: u32 = 1;
 const RESERVED: u32 = 2;
@@ -63,6 +79,9 @@ pub fn load(
     }
     tables::write(memory)?;
     let rsdp = acpi::write(memory, processors)?;
+    memory
+        .write_slice(&RESET_CODE, GuestAddress(RESET_VECTOR))
+        .context("reset vector")?;
     let loaded = load_kernel(memory, kernel, low)?;
     let mut parameters = boot_params {
         hdr: loaded.header,
@@ -349,6 +368,12 @@ mod tests {
             .read_slice(&mut text, GuestAddress(COMMAND_LINE))
             .unwrap();
         assert_eq!(&text, b"quiet\0");
+        // A kernel that restarts through the reset vector finds what resets the machine.
+        let mut code = [0; 6];
+        memory
+            .read_slice(&mut code, GuestAddress(RESET_VECTOR))
+            .unwrap();
+        assert_eq!(code, [0xB0, 0x06, 0xBA, 0xF9, 0x0C, 0xEE]);
         let table = parameters.e820_table;
         let entries: Vec<_> = table
             .iter()
