@@ -1,8 +1,8 @@
 """Packets that a guest sent to a host which is no more: completed as failed before the channel is rescinded.
 
-A host that ends in good order completes everything first. One that was killed, or whose door broke, leaves in the
-ring what it had not completed: the read index moves only with the completions. A driver may wait for them without
-a limit when its device goes (Linux: netvsc_device_idle), so the next host gives them.
+A host that ends in good order completes everything first. One that was killed, or whose door broke, leaves in
+the ring what it had not completed: the read index moves only with the completions. A driver may wait for them
+without a limit when its device goes (Linux: netvsc_device_idle), so the next host gives them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vswitch_wire import packet
-from vswitch_wire.memory import PAGE_SIZE, GuestMemory
+from vswitch_wire.memory import GuestMemory
 from vswitch_wire.ring import RingReader, RingWriter
+from vswitch_wire.vmbus import PAGE_SIZE
 
 MOST_PACKETS = 8192
 """Read in one go, on the event loop: more than a stock driver has under way, and some 100 ms of a liar's."""

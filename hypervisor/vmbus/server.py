@@ -194,7 +194,7 @@ class VmbusServer:
         self._pump()
 
     def _complete_abandoned(self, channel: Channel) -> None:
-        """What the guest sent and no host completed fails now: its driver may wait for that without a limit."""
+        """What the guest sent and no host completed fails now: its driver may wait for that for ever."""
         rings, channel.rings = channel.rings, None
         if rings is None:
             return
