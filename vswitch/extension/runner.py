@@ -143,10 +143,17 @@ def main() -> None:
     descriptors = [int(arguments[name]) for name in ("memfd", "request_fd", "reply_fd", "control_fd")]
     limits.close_all_but(descriptors)
     missing = sandbox.enter_namespaces()
+    told, telling = os.pipe()
     child = namespaces.fork_first()
     if child:
         control.send(connection, {"pid": child})
+        # Now the child may speak: what it says before the host knows of it is out of turn.
+        os.close(telling)
+        os.close(told)
         sys.exit(wait_for(child, connection))
+    os.close(telling)
+    os.read(told, 1)
+    os.close(told)
     try:
         run(arguments, connection, missing)
     except BaseException:
