@@ -16,6 +16,11 @@ ALLOWED: dict[str, str] = {
     r"^amd_pstate: the _CPC object is not present in SBIOS or ACPI disabled$": (
         "the driver of AMD's processors finds no performance controls: a virtual machine of Hyper-V has none"
     ),
+    r"^TCP: eth\d+: Driver has suspect GRO implementation, TCP performance may be compromised\.$": (
+        "hv_netvsc hands up coalesced segments (RSC) without the size of one, and tcp_measure_rcv_mss takes "
+        "the whole for one: so with every host that coalesces"
+    ),
+    r"^ +#\d+$": "the numbers of the processors as they come up, one by one",
 }
 """regular expression -> reason"""
 SLOW = (
