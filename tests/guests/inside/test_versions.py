@@ -29,7 +29,7 @@ def test_the_driver_works_at_each_protocol_version(
     """
     world.create(HELD, f"hv_vmbus.max_version={major << 16 | minor:#x}", memory_mib=160)
     try:
-        with Pinging(vm2, [BOX.address]):
+        with Pinging(vm2, [BOX.address], interval=0.1):
             guest = world.boot(HELD)
             guest.wait_ready(150)
             said = guest.sh("dmesg")

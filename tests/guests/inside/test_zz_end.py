@@ -26,7 +26,7 @@ def test_the_kernels_warn_of_nothing_that_hyper_v_would_not_cause(
 
 def test_the_guest_reboots_by_itself_and_is_back(world: World, vm1: StockGuest, vm2: StockGuest) -> None:
     boots = world.client.get_partition(VM1.name).guest.boots
-    with Pinging(vm2, [BOX.address]):
+    with Pinging(vm2, [BOX.address], interval=0.1):
         vm1.sh("(sleep 1; reboot) >/dev/null 2>&1 &")
         vm1.wait_console("shutdown hooks: ran", 60)
         vm1.wait_ready(150)
@@ -37,7 +37,7 @@ def test_the_guest_reboots_by_itself_and_is_back(world: World, vm1: StockGuest, 
 
 
 def test_shutdown_on_request_runs_the_guests_hooks(world: World, vm1: StockGuest, vm2: StockGuest) -> None:
-    with Pinging(vm2, [BOX.address]):
+    with Pinging(vm2, [BOX.address], interval=0.1):
         before = len(vm1.console)
         world.cli("partition", "stop", VM1.name, "--timeout", "60", timeout=120)
         assert "adapters: " in vm1.wait_console(r"shutdown hooks: ran .*", 10, after=before)
