@@ -39,7 +39,7 @@ MODULES = ("9p", "9pnet_virtio", "virtio_pci", "virtio_console", "kvm-amd", "tun
 TIMED_OUT = 124
 DIED = 125
 """The emulated machine itself ended or stood still: nothing that the job did or did not."""
-TRIES = 3
+TRIES = 4
 """QEMU's AMD-V is not without faults: an emulated machine's own kernel may panic or stand still."""
 # The machine writes a sign of life every few seconds; one without for so long stands still.
 SILENT_SECONDS = 60
