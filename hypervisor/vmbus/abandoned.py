@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vswitch_wire import packet
+from vswitch_wire.errors import RingError
 from vswitch_wire.memory import GuestMemory
 from vswitch_wire.ring import RingReader, RingWriter
 from vswitch_wire.vmbus import PAGE_SIZE
@@ -45,18 +46,21 @@ class OpenRings:
 def complete(memory: GuestMemory, rings: OpenRings, answer: Answer) -> int:
     """Completes what waits in the ring towards the host; how many packets were.
 
-    Raises WireError (RingError, MemoryAccessError) when indices, packets or pages are not what they must be.
+    Raises WireError (RingError, MemoryAccessError) when indices, packets or pages are not what they must be,
+    or when the ring towards the guest has no room for all; what came before is completed.
     """
     split = rings.downstream_page_offset
     upstream, downstream = rings.pfns[:split], rings.pfns[split:]
     reader = RingReader(memory.view(upstream, 0, len(upstream) * PAGE_SIZE))
     writer = RingWriter(memory.view(downstream, 0, len(downstream) * PAGE_SIZE))
     completed = 0
-    for raw in reader.read(MOST_PACKETS):
-        sent = packet.decode(raw)
-        if sent.completion_requested:
-            if not writer.write(packet.encode_completion(sent.transaction_id, answer(sent.payload))):
-                break
-            completed += 1
-    writer.commit()
+    try:
+        for raw in reader.read(MOST_PACKETS):
+            sent = packet.decode(raw)
+            if sent.completion_requested:
+                if not writer.write(packet.encode_completion(sent.transaction_id, answer(sent.payload))):
+                    raise RingError(f"no room for more than {completed} completions")
+                completed += 1
+    finally:
+        writer.commit()
     return completed

@@ -201,7 +201,10 @@ class VmbusServer:
         primary = self.primary_of(channel)
         answer = getattr(primary and primary.device, "abandoned", lambda _: b"")
         try:
-            if abandoned.complete(self._synic.memory, rings, answer) and rings.vp is not None:
+            try:
+                abandoned.complete(self._synic.memory, rings, answer)
+            finally:
+                # Also for a part of them; an interrupt for nothing is legal.
                 bound = self._synic.bind(channel.relid, self.sint, rings.vp)
                 bound.interrupt.signal()
                 bound.close()
